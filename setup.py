@@ -1,0 +1,45 @@
+"""Packaging of the two libraries; the experiment binaries run from a checkout and are not installed."""
+
+from setuptools import find_packages, setup
+
+TEST = [
+    "pytest>=8",
+    "scikit-image>=0.24",
+    "plyfile>=1.0",
+    "gsply>=0.2",
+    "jaxtyping>=0.3",
+    "beartype>=0.20",
+]
+DEV = ["ruff>=0.9", "pyright>=1.1.400", "pre-commit>=4"]
+
+setup(
+    name="d4d_jax",
+    version="0.1.0",
+    description="4D generation by Diffusion4D in JAX: orbital video diffusion and moving 3D Gaussians.",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["d4d_jax", "d4d_jax.*", "gaussians", "gaussians.*"]),
+    package_data={"d4d_jax": ["assets/*", "assets/clips/*", "assets/clips/*/*"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11,<0.13",
+        "grain>=0.2.10",
+        "tensorflow-datasets>=4.9.9",
+        "numpy>=1.26",
+        "absl-py>=2.1",
+        "ml_collections>=1.0",
+        "jaxtyping>=0.3",
+        "pillow>=10",
+        "imageio[ffmpeg]>=2.34",
+    ],
+    extras_require={"test": TEST, "dev": TEST + DEV},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "License :: OSI Approved :: Apache Software License",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
