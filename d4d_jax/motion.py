@@ -6,7 +6,8 @@ from the same camera. The paper leaves the reduction and the scale open; here bo
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from jax.typing import ArrayLike
+
+from d4d_jax.typing import AnyArray
 
 PIXEL_SCALE = 100.0
 """Puts clips of strongly moving objects in the range 5 to 15 that the paper's figures quote."""
@@ -15,8 +16,8 @@ _REDUCTIONS = ("mean", "sum")
 
 
 def motion_magnitude(
-    dynamic: Float[ArrayLike, "*b t h w c"],
-    static: Float[ArrayLike, "*b t h w c"],
+    dynamic: Float[AnyArray, "*b t h w c"],
+    static: Float[AnyArray, "*_b _t _h _w _c"],
     *,
     scale: float = PIXEL_SCALE,
     reduction: str = "mean",
@@ -50,8 +51,8 @@ def motion_magnitude(
 
 
 def latent_motion_magnitude(
-    latents: Float[ArrayLike, "*b t h w c"],
-    static_latents: Float[ArrayLike, "*b t h w c"],
+    latents: Float[AnyArray, "*b t h w c"],
+    static_latents: Float[AnyArray, "*_b _t _h _w _c"],
     *,
     reduction: str = "mean",
 ) -> Float[Array, "*b"]:
