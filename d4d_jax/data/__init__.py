@@ -1,0 +1,1 @@
+"""Clips for training: rendering, procedural clips, and the grain pipeline."""
