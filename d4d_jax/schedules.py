@@ -10,7 +10,6 @@ A noisy sample is x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise, with t an inte
 Tables are computed in float64 and stored in float32.
 """
 
-import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
@@ -18,15 +17,15 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float64, Int, Int32
 
+from d4d_jax import pytree
 from d4d_jax.registry import register
-from d4d_jax.typing import AnyArray, pytree_dataclass
+from d4d_jax.typing import AnyArray
 
 Prediction = Literal["eps", "x0", "v"]
 PREDICTIONS = ("eps", "x0", "v")
 
 
-@pytree_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@pytree.dataclass
 class NoiseSchedule:
     """The tables of one schedule and what the network that goes with it predicts.
 
@@ -43,7 +42,7 @@ class NoiseSchedule:
     alphas_cumprod: Float[AnyArray, "num_steps"]
     signal: Float[AnyArray, "num_steps"]
     sigma: Float[AnyArray, "num_steps"]
-    prediction: Prediction = dataclasses.field(default="eps", metadata={"static": True})
+    prediction: Prediction = pytree.static(default="eps")
 
     @classmethod
     def from_alphas_cumprod(

@@ -4,11 +4,9 @@ Axes: `b` clips, `t` frames, `h` and `w` pixels (or latent cells), `c` channels.
 network sees are in [-1, 1]; frames of a clip and rendered images are in [0, 1].
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import jax
 import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
@@ -64,33 +62,3 @@ class MetricWriter(Protocol):
     def flush(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-Class = TypeVar("Class", bound=type)
-
-
-def pytree_dataclass(cls: Class) -> Class:
-    """Registers a frozen dataclass as a pytree; fields of metadata {"static": True} are not leaves.
-
-    Unlike `jax.tree_util.register_dataclass`, rebuilding the pytree skips `__init__`, so a tree of
-    specs, axes or None with the same structure passes even where field types are checked.
-    """
-    fields = dataclasses.fields(cls)
-    leaves = [f.name for f in fields if not f.metadata.get("static", False)]
-    static = [f.name for f in fields if f.metadata.get("static", False)]
-
-    def flatten_with_keys(value):
-        keyed = [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in leaves]
-        return keyed, tuple(getattr(value, name) for name in static)
-
-    def flatten(value):
-        return [getattr(value, name) for name in leaves], tuple(getattr(value, n) for n in static)
-
-    def unflatten(metadata, children):
-        value = object.__new__(cls)
-        for name, child in zip((*static, *leaves), (*metadata, *children), strict=True):
-            object.__setattr__(value, name, child)
-        return value
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
