@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from d4d_jax import pytree
 from d4d_jax.typing import AnyArray
 
 #: Field of view of Blender's default camera (50 mm lens, 36 mm sensor), used by the published data.
@@ -24,8 +25,7 @@ FOV = 2 * math.atan(36 / (2 * 50))
 _FLIP = np.diag(np.array([1.0, -1.0, -1.0, 1.0], np.float32))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree.dataclass
 class Camera:
     """One pinhole camera, or a batch of them with equal image size.
 
@@ -38,8 +38,8 @@ class Camera:
 
     world_to_camera: Float[AnyArray, "*b 4 4"]
     intrinsics: Float[AnyArray, "*b 3 3"]
-    width: int = dataclasses.field(metadata={"static": True})
-    height: int = dataclasses.field(metadata={"static": True})
+    width: int = pytree.static()
+    height: int = pytree.static()
 
     def __len__(self) -> int:
         """The number of cameras along the leading axis."""
