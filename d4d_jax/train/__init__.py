@@ -1,0 +1,1 @@
+"""Training: state, step, sharding, checkpoints, metric writers and the loop."""

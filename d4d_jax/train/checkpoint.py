@@ -1,0 +1,207 @@
+"""Checkpoints of a training run: the state, the data iterator and the configuration, by Orbax.
+
+This is the only file that knows Orbax. A checkpoint is written into a temporary folder that is
+renamed when complete, so a run killed in the middle of a save continues from the one before.
+"""
+
+import base64
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import orbax.checkpoint as ocp
+
+from d4d_jax.train.state import TrainState
+from d4d_jax.typing import PyTree
+
+
+@runtime_checkable
+class DataIterator(Protocol):
+    """An endless iterator over batches that can tell and take its position (grain's can)."""
+
+    def __next__(self) -> PyTree: ...
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints `DIRECTORY/STEP`.
+
+    A checkpoint has four items: `model` (the parameter average and the frozen arrays: all that
+    sampling needs), `state` (the rest of the TrainState), `data` and `config` (both JSON).
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
+        """Opens the folder, creating it when missing.
+
+        Args:
+          directory: folder of the checkpoints.
+          keep: number of newest checkpoints that stay on disk.
+        """
+        self.directory = pathlib.Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            item_handlers={
+                "model": ocp.StandardCheckpointHandler(),
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data: DataIterator, config: Mapping[str, Any]) -> None:
+        """Starts to write the checkpoint of `state.step`; disk work goes on in the background.
+
+        The arrays are copied before this returns, so the state may be donated afterwards. A
+        step that is already on disk is left as it is.
+
+        Args:
+          state: state to save.
+          data: iterator whose position is saved with it.
+          config: what the run was configured with, in values that JSON has.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        model, rest = _split(state)
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(model),
+            state=ocp.args.StandardSave(rest),
+            data=ocp.args.JsonSave(_encode_position(data.get_state())),
+            config=ocp.args.JsonSave(dict(config)),
+        )
+        self._manager.save(step, args=items)
+
+    def restore(
+        self, template: TrainState, data: DataIterator, step: int | None = None
+    ) -> TrainState:
+        """Returns the saved state and moves `data` to where it stood, both exactly as saved.
+
+        Args:
+          template: a state of the same structure; the result takes its shardings, so a
+            checkpoint may be restored on other devices than it was written on.
+          data: iterator over the same data.
+          step: checkpoint to read; the newest when None.
+
+        Raises FileNotFoundError when there is no checkpoint, ValueError when it cannot be
+        read or does not fit the template.
+        """
+        step = self._existing(step)
+        trees = dict(zip(("model", "state"), _split(template), strict=True))
+        for item, tree in trees.items():
+            self._check_fit(step, item, tree)
+        arguments: dict[str, Any] = {
+            item: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+            for item, tree in trees.items()
+        }
+        saved = self._read(step, data=ocp.args.JsonRestore(), **arguments)
+        data.set_state(_decode_position(saved["data"]))
+        return TrainState(**saved["state"], **saved["model"])
+
+    def restore_config(self, step: int | None = None) -> dict[str, Any]:
+        """Returns the configuration saved with a checkpoint; raises as `restore` does."""
+        return self._read(self._existing(step), config=ocp.args.JsonRestore())["config"]
+
+    def restore_model(self, step: int | None = None) -> tuple[PyTree, PyTree]:
+        """Returns (averaged parameters, frozen arrays) on the default device, for sampling.
+
+        Needs no template; raises as `restore` does.
+        """
+        step = self._existing(step)
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            self._metadata(step, "model"),
+        )
+        saved = self._read(step, model=ocp.args.StandardRestore(shapes))["model"]
+        return saved["ema"], saved["frozen"]
+
+    def wait(self) -> None:
+        """Blocks until started saves are complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Completes started saves and closes the folder."""
+        self._manager.close()
+
+    def _existing(self, step: int | None) -> int:
+        self.wait()  # a save under way counts
+        wanted = "" if step is None else f" of step {step}"
+        if step is None:
+            step = self.latest_step()
+        if step is None or step not in self._manager.all_steps():
+            raise FileNotFoundError(f"There is no checkpoint{wanted} in {self.directory}.")
+        return step
+
+    def _metadata(self, step: int, item: str) -> PyTree:
+        try:
+            return self._manager.item_metadata(step)[item].tree
+        except Exception as error:  # Orbax and its stores raise many types on damaged files
+            raise self._damaged(step, error) from error
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # as above
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: Exception) -> ValueError:
+        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        return ValueError(
+            f"The checkpoint {self.directory / str(step)} cannot be read ({reason}): delete that "
+            "folder to continue from an earlier one."
+        )
+
+    def _check_fit(self, step: int, item: str, template: PyTree) -> None:
+        saved, wanted = _shapes(self._metadata(step, item)), _shapes(template)
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"The checkpoint {self.directory / str(step)} does not fit this "
+                    f"configuration: {item}/{name} has shape {saved.get(name, 'none')} there and "
+                    f"{wanted.get(name, 'none')} here; use the run's own configuration or another "
+                    "workdir."
+                )
+
+
+def _split(state: TrainState) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+    model = {"ema": state.ema, "frozen": state.frozen}
+    rest = {
+        "step": state.step,
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "key": state.key,
+    }
+    return model, rest
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """Returns {"a/b/0": shape}, the same for a tree and for Orbax's record of it.
+
+    Typed random keys are left out: Orbax records them as the integers that they consist of.
+    """
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        names = [getattr(k, "name", getattr(k, "key", getattr(k, "idx", k))) for k in path]
+        if names[-1] != "key":
+            shapes["/".join(map(str, names))] = tuple(leaf.shape)
+    return shapes
+
+
+def _encode_position(position: Any) -> dict[str, Any]:
+    if isinstance(position, bytes):  # grain's DataLoader; its datasets give plain dicts
+        return {"base64": base64.b64encode(position).decode("ascii")}
+    return {"json": position}
+
+
+def _decode_position(saved: Mapping[str, Any]) -> Any:
+    return base64.b64decode(saved["base64"]) if "base64" in saved else saved["json"]

@@ -1,0 +1,118 @@
+"""What the binaries share: flags, and a user's mistake as one sentence instead of a traceback."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CACHE = flags.DEFINE_string(
+    "compilation_cache_dir", None, "Folder in which compiled programs are kept between runs."
+)
+_PROFILE = flags.DEFINE_bool("profile", False, "Record a profiler trace in WORKDIR/profile.")
+
+_MISTAKES = (ValueError, OSError, FloatingPointError)
+_default_config: list[str] = []
+
+
+def define_config(default: str) -> flags.FlagHolder:
+    """Defines --config: a file with `get_config(arg="")`, given as FILE.py or FILE.py:ARG.
+
+    Its values are changed by --config.KEY=VALUE; a key that it does not have is an error.
+
+    Args:
+      default: file name in experiments/configs that is used when the flag is absent.
+    """
+    _default_config[:] = [os.path.join(os.path.dirname(__file__), "configs", default)]
+    # Not given to the flag as its default: overrides would then be parsed where it is defined.
+    return config_flags.DEFINE_config_file(
+        "config", None, f"Configuration file; default: experiments/configs/{default}."
+    )
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Parses the flags, calls `main()` and ends the process.
+
+    Exit code 0: `main` returned. 2: a flag or configuration key does not exist or has a value of
+    the wrong kind. 1: `main` raised ValueError, OSError (missing, unreadable or existing files)
+    or FloatingPointError; its message is printed as the one sentence that it is. Anything else
+    is a bug of ours and shows its traceback.
+    """
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.set_stderrthreshold(logging.INFO)
+    app.run(lambda _: _checked(main), flags_parser=_parse)
+    sys.exit(0)
+
+
+def log_devices(mesh: Any = None) -> None:
+    """Logs the devices, and the mesh when there is one."""
+    devices = jax.devices()
+    logging.info("Devices: %d x %s.", len(devices), devices[0].device_kind)
+    if mesh is not None:
+        logging.info("Mesh: %s.", ", ".join(f"{k}={v}" for k, v in mesh.shape.items()))
+
+
+def profile(workdir: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context that records into `WORKDIR/profile` when --profile was given."""
+    if _PROFILE.value:
+        return jax.profiler.trace(os.path.join(workdir, "profile"))
+    return contextlib.nullcontext()
+
+
+def _checked(main: Callable[[], None]) -> None:
+    if _CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(_CACHE.value))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        main()
+    except _MISTAKES as error:
+        logging.debug("Where it happened:", exc_info=error)
+        _stop(_sentence(error), 1)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses the flags; unknown ones, and unknown configuration keys, end the process."""
+    argv = list(argv)
+    if _default_config:
+        given = [a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))]
+        if not given:
+            argv.insert(1, f"--config={_default_config[0]}")
+        elif not os.path.isfile(given[-1].split(":")[0]):
+            _stop(f"There is no configuration file {given[-1].split(':')[0]}.", 2)
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        _stop(f"{str(error).rstrip('.')}.", 2)
+    except (AttributeError, KeyError) as error:  # what ml_collections raises for a key
+        _stop(_unknown_key(str(error)), 2)
+    except (TypeError, ValueError, OSError) as error:
+        _stop(f"The configuration cannot be read: {_sentence(error)}", 2)
+    if len(rest) > 1:
+        _stop(f"Unexpected argument {rest[1]!r}: options are written --name=value.", 2)
+    return rest
+
+
+def _unknown_key(message: str) -> str:
+    """Makes a sentence of ml_collections' nested messages about a missing key."""
+    message = message.replace("\\", "").split("Attempting to lookup: ")[-1]
+    name = re.search(r"[\w.]+", message)
+    hint = re.search(r'Did you mean "([\w.]+)"', message)
+    sentence = f"The configuration has no key {name.group() if name else message!r}"
+    return f"{sentence}; did you mean {hint.group(1)}?" if hint else f"{sentence}."
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    return " ".join(str(error).strip().strip("\"'").split())
+
+
+def _stop(sentence: str, code: int) -> NoReturn:
+    print(f"Error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(code)

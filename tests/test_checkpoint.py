@@ -1,0 +1,162 @@
+"""Checkpoints: round trip, refusals, and a process killed in the middle of its saves."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import OPTIMIZER, STEP, ToyData, assert_identical, run_toy, toy_state
+
+from d4d_jax.train import state as train_state
+from d4d_jax.train.checkpoint import Checkpointer
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with the checkpoints 10 and 20 of a toy run, and the final state."""
+    directory = tmp_path_factory.mktemp("run")
+    return directory, run_toy(directory, 20)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of those checkpoints that a test may damage."""
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def test_restore_returns_the_saved_state_and_data_position(finished):
+    directory, final = finished
+    data, checkpointer = ToyData(), Checkpointer(directory / "checkpoints")
+    restored = checkpointer.restore(toy_state(seed=9), data)
+    assert_identical(restored, final)
+    assert data.position == 20
+    earlier = checkpointer.restore(toy_state(), data, step=10)
+    assert int(earlier.step) == 10 and data.position == 10
+    assert checkpointer.restore_config() == {"num_steps": 20}
+    checkpointer.close()
+
+
+def test_model_restores_without_a_template(finished):
+    directory, final = finished
+    checkpointer = Checkpointer(directory / "checkpoints")
+    ema, frozen = checkpointer.restore_model()
+    checkpointer.close()
+    assert_identical(ema, final.ema)
+    assert_identical(frozen, final.frozen)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    run_toy(tmp_path, 12, checkpoint_every=3)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["12", "9"]
+
+
+def test_saving_a_step_twice_leaves_the_first(copied):
+    checkpointer = Checkpointer(copied)
+    state = checkpointer.restore(toy_state(), ToyData())
+    checkpointer.save(state, ToyData(), {"other": 1})
+    checkpointer.wait()
+    assert checkpointer.restore_config() == {"num_steps": 20}
+    checkpointer.close()
+
+
+def test_position_in_bytes_survives(tmp_path):
+    class BytesData(ToyData):
+        def get_state(self):
+            return b"\x00position\xff"
+
+        def set_state(self, state):
+            self.position = state
+
+    checkpointer, data = Checkpointer(tmp_path), BytesData()
+    checkpointer.save(toy_state(), data, {})
+    checkpointer.restore(toy_state(), data)
+    checkpointer.close()
+    assert data.position == b"\x00position\xff"
+
+
+def test_missing_checkpoint_is_named(tmp_path, copied):
+    empty, full = Checkpointer(tmp_path / "empty"), Checkpointer(copied)
+    assert empty.latest_step() is None
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*empty"):
+        empty.restore(toy_state(), ToyData())
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 11"):
+        full.restore_model(step=11)
+    empty.close()
+    full.close()
+
+
+def test_damaged_checkpoint_is_named_and_the_earlier_one_works(copied):
+    for path in (copied / "20").rglob("*"):
+        if path.is_file() and path.name != "_CHECKPOINT_METADATA":
+            path.write_bytes(b"damaged")
+    checkpointer = Checkpointer(copied)
+    with pytest.raises(ValueError, match="20 cannot be read .* delete that folder"):
+        checkpointer.restore(toy_state(), ToyData())
+    with pytest.raises(ValueError, match="20 cannot be read"):
+        checkpointer.restore_model()
+    checkpointer.close()
+    shutil.rmtree(copied / "20")
+    checkpointer = Checkpointer(copied)
+    assert int(checkpointer.restore(toy_state(), ToyData()).step) == 10
+    checkpointer.close()
+
+
+def test_checkpoint_of_another_network_is_refused(copied):
+    params = {"w": jnp.zeros((4, 1)), "b": jnp.zeros((1,))}
+    other = train_state.create_state(params, OPTIMIZER, jax.random.key(0), {"scale": jnp.ones(())})
+    checkpointer = Checkpointer(copied)
+    with pytest.raises(ValueError, match=r"ema/w has shape \(3, 1\) there and \(4, 1\) here"):
+        checkpointer.restore(other, ToyData())
+    checkpointer.close()
+
+
+KILLED_SCRIPT = """
+import pathlib, sys
+sys.path.insert(0, "tests")
+import test_train
+test_train.run_toy(pathlib.Path(sys.argv[1]), 100_000, checkpoint_every=1)
+"""
+
+
+def test_killed_run_continues_from_a_complete_checkpoint(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED_SCRIPT, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    folder, deadline = tmp_path / "checkpoints", time.monotonic() + 60
+    # It saves after every step, so that whenever it dies a save is under way.
+    while not (folder / "5").exists() and not (folder / "6").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    data, checkpointer = ToyData(), Checkpointer(folder)
+    step = checkpointer.latest_step()
+    assert step is not None and step >= 5
+    restored = checkpointer.restore(toy_state(), data)
+    checkpointer.close()
+    expected, replay = toy_state(), ToyData()
+    for _ in range(step):
+        expected, _ = STEP(expected, next(replay))
+    assert_identical(restored, expected)
+    assert data.position == step
+    assert int(run_toy(tmp_path, step + 2).step) == step + 2
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [int(line.split('"step": ')[1].split(",")[0]) for line in lines]
+    assert steps == sorted(set(steps)) and steps[-1] == step + 2
+    assert np.isfinite(np.asarray(restored.params["w"])).all()

@@ -1,0 +1,228 @@
+"""State, step, sharding and loop, on a toy regression that compiles in a moment."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from d4d_jax.train import loop, sharding
+from d4d_jax.train import state as train_state
+from d4d_jax.train import step as train_step
+from d4d_jax.train.checkpoint import Checkpointer
+from d4d_jax.train.writers import JsonlWriter
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def toy_loss(params, frozen, batch, key):
+    """Linear regression with a little noise on the inputs, so that the random key matters."""
+    inputs = batch["x"] + 0.01 * jax.random.normal(key, batch["x"].shape)
+    error = inputs @ params["w"] + params["b"] - batch["y"] * frozen["scale"]
+    return jnp.mean(jnp.square(error)), {"error": jnp.mean(jnp.abs(error))}
+
+
+class ToyData:
+    """Endless batches that depend on the position only, as a seeded grain pipeline's do."""
+
+    def __init__(self, batch_size=8, poison_at=None):
+        self.position, self.batch_size, self.poison_at = 0, batch_size, poison_at
+
+    def __next__(self):
+        rng = np.random.default_rng(self.position)
+        x = rng.normal(size=(self.batch_size, 3)).astype(np.float32)
+        y = x @ np.array([[1.0], [-2.0], [0.5]], np.float32) + 0.25
+        if self.position == self.poison_at:
+            y = y * np.nan
+        self.position += 1
+        return {"x": x, "y": y.astype(np.float32)}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+OPTIMIZER = optax.adam(0.05)
+STEP = train_step.make_train_step(toy_loss, OPTIMIZER, ema_decay=0.9)
+
+
+def toy_state(seed=0):
+    params = {"w": jnp.zeros((3, 1)), "b": jnp.zeros((1,))}
+    frozen = {"scale": jnp.ones(())}
+    return train_state.create_state(params, OPTIMIZER, jax.random.key(seed), frozen)
+
+
+def run_toy(directory, num_steps, *, data=None, state=None, **options):
+    """Runs the loop in a folder, from its newest checkpoint if it has one."""
+    data = data or ToyData()
+    checkpointer = Checkpointer(directory / "checkpoints")
+    state = state or toy_state()
+    if checkpointer.latest_step() is not None:
+        state = checkpointer.restore(state, data)
+    writer = JsonlWriter(directory, restored_step=int(state.step))
+    try:
+        return loop.train(
+            state,
+            STEP,
+            data,
+            loop.LoopOptions(num_steps, **{"log_every": 5, "checkpoint_every": 10, **options}),
+            mesh=sharding.make_mesh(),
+            checkpointer=checkpointer,
+            writer=writer,
+            config={"num_steps": num_steps},
+        )
+    finally:
+        writer.close()
+        checkpointer.close()
+
+
+def read_metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_identical(left, right):
+    left, right = (t if isinstance(t, dict) else vars(t) for t in (left, right))
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_state_counts_parameters_and_starts_average_at_them():
+    state = toy_state()
+    assert train_state.count_parameters(state.params) == 4
+    assert_identical(state.params, state.ema)
+    assert int(state.step) == 0
+
+
+def test_training_lowers_the_loss_and_writes_metrics(tmp_path):
+    state = run_toy(tmp_path, 60)
+    lines = read_metrics(tmp_path)
+    assert int(state.step) == 60
+    assert [line["step"] for line in lines] == [1, *range(5, 61, 5)]
+    assert lines[-1]["loss"] < 0.1 * lines[0]["loss"]
+    assert {"loss", "grad_norm", "error", "steps_per_second", "eta_seconds"} <= set(lines[-1])
+    assert lines[-1]["eta_seconds"] == 0
+
+
+def test_interrupted_run_equals_uninterrupted_run_bitwise(tmp_path):
+    whole = run_toy(tmp_path / "whole", 20)
+    run_toy(tmp_path / "parts", 7, checkpoint_every=7)
+    resumed = run_toy(tmp_path / "parts", 20)
+    assert_identical(whole, resumed)
+
+
+def test_average_follows_its_formula():
+    data, state = ToyData(), toy_state()
+    expected = jax.tree.map(np.asarray, state.params)
+    for count in range(4):
+        state, _ = STEP(state, next(data))
+        decay = min(0.9, (1 + count) / (10 + count))
+        expected = jax.tree.map(
+            lambda old, new, d=decay: d * old + (1 - d) * np.asarray(new), expected, state.params
+        )
+    for name in expected:
+        np.testing.assert_allclose(state.ema[name], expected[name], rtol=1e-5, atol=1e-7)
+    assert float(train_step.ema_decay_at(jnp.int32(100_000), 0.9)) == pytest.approx(0.9)
+
+
+def test_step_leaves_frozen_arrays_and_key_alone():
+    before = toy_state(seed=3)
+    after, _ = STEP(toy_state(seed=3), next(ToyData()))
+    assert float(after.frozen["scale"]) == 1.0
+    assert jnp.array_equal(jax.random.key_data(after.key), jax.random.key_data(before.key))
+
+
+def test_bad_decay_is_refused():
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        train_step.make_train_step(toy_loss, OPTIMIZER, ema_decay=1.0)
+
+
+def test_non_finite_loss_stops_at_its_step_and_is_not_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match="step 13 is nan"):
+        run_toy(tmp_path, 40, data=ToyData(poison_at=12))
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    assert checkpointer.latest_step() == 10
+    restored = checkpointer.restore(toy_state(), ToyData())
+    checkpointer.close()
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
+
+
+@pytest.mark.parametrize("name", ["num_steps", "log_every", "checkpoint_every"])
+def test_loop_options_refuse_zero(name):
+    with pytest.raises(ValueError, match=name):
+        loop.LoopOptions(**{"num_steps": 3, name: 0})
+
+
+def test_samples_are_written_at_their_steps(tmp_path):
+    data, writer = ToyData(), JsonlWriter(tmp_path)
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    loop.train(
+        toy_state(),
+        STEP,
+        data,
+        loop.LoopOptions(4, sample_every=2),
+        mesh=sharding.make_mesh(),
+        checkpointer=checkpointer,
+        writer=writer,
+        config={},
+        on_sample=lambda state: {"sheet": jnp.full((4, 4, 3), 0.5)},
+    )
+    checkpointer.close()
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert names == ["sheet_0000002.png", "sheet_0000004.png"]
+
+
+def test_mesh_must_cover_the_devices():
+    with pytest.raises(ValueError, match="does not cover"):
+        sharding.make_mesh(data=jax.device_count() + 1)
+
+
+DEVICES_SCRIPT = """
+import sys, jax, jax.numpy as jnp
+sys.path.insert(0, "tests")
+import test_train as t
+from d4d_jax.train import sharding
+mesh = sharding.make_mesh()
+state, data = sharding.place_state(t.toy_state(), mesh), t.ToyData()
+for _ in range(5):
+    batch = sharding.place_batch(next(data), mesh)
+    state, metrics = t.STEP(state, batch)
+    print(jax.device_count(), len(batch["x"].sharding.device_set), float(metrics["loss"]))
+try:
+    sharding.place_batch({"x": jnp.zeros((3, 1))}, sharding.make_mesh())
+    print("split")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_eight_devices_give_the_losses_of_one():
+    def losses(count):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        environment = os.environ | flags | {"JAX_PLATFORMS": "cpu"}
+        out = subprocess.run(
+            [sys.executable, "-c", DEVICES_SCRIPT],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        rows = [line.split() for line in out[:5]]
+        assert all(row[:2] == [str(count)] * 2 for row in rows)
+        return np.array([float(row[2]) for row in rows]), out[5]
+
+    (one, _), (eight, refused) = losses(1), losses(8)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    assert "3 clips cannot be split over 8 devices" in refused
