@@ -91,10 +91,9 @@ def parse_args(argv=None):
 
 
 def _positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def _views(text):
@@ -300,9 +299,8 @@ def set_renderer(args):
     import bpy
 
     scene = bpy.context.scene
-    render, cycles = scene.render, scene.cycles if hasattr(scene, "cycles") else None
+    render, cycles = scene.render, scene.cycles
     render.engine = "CYCLES"
-    cycles = cycles or scene.cycles
     cycles.device = "CPU"
     cycles.samples = args.samples
     cycles.use_adaptive_sampling = False

@@ -96,9 +96,7 @@ def render(
     times = np.asarray(timestamps, np.float32)
     if len(times) != len(camera):
         raise ValueError(f"{len(camera)} cameras need as many timestamps, not {len(times)}.")
-    drawn = [
-        _render_frame(scene, camera[i], float(time), samples) for i, time in enumerate(times)
-    ]
+    drawn = [_render_frame(scene, camera[i], float(time), samples) for i, time in enumerate(times)]
     premultiplied = np.stack([colour for colour, _ in drawn])
     alpha = np.stack([cover for _, cover in drawn])
     rgb = premultiplied + (1 - alpha[..., None]) * np.asarray(background, np.float32)

@@ -1,0 +1,250 @@
+"""Training batches of orbital clips, through grain.
+
+The order of the stream is a function of the seed alone: every epoch shuffles all clips anew, the
+stream repeats for ever, and process k of n takes elements k, k + n, k + 2n ... of it. So a batch
+can be asked for again by its number, an iterator resumes from `get_state()` alone, and the
+processes of a run read disjoint parts of one stream, also when their number changes.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+
+from d4d_jax import clips, motion
+from d4d_jax.typing import AnyArray
+
+#: A clip as the network sees it; the keys are described in `element`.
+Element = dict[str, Any]
+
+
+def make_dataset(
+    source: str | os.PathLike | Sequence[clips.OrbitClip],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    size: int | None = None,
+    static_probability: float = 0.0,
+    shuffle: bool = True,
+    num_epochs: int | None = None,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    cache_bytes: int = 2**30,
+    num_threads: int = 2,
+) -> grain.IterDataset:
+    """An endless dataset of batches. `iter()` of it has `get_state()` and `set_state()`.
+
+    A batch is a dict: `dynamic` and `static` (b, t, h, w, 4) in [-1, 1], `camera` (b, t, 4, 4),
+    `motion` (b,), all float32, and `caption` (b,), strings. See `element` for their meaning.
+
+    Args:
+        source: a folder whose subfolders are clips, or clips. All need dynamic and static frames
+            with alpha, of one size and number.
+        batch_size: clips a batch of this process; every batch is full.
+        seed: of the order and of the choice of static samples.
+        size: pixels to resize to, square; by default the clips keep their common size.
+        static_probability: how often a clip stands still instead: `dynamic` becomes its static
+            orbit and `motion` 0. The paper trains on such static samples beside the moving ones.
+        shuffle: False keeps the order of the folder names, or of the clips.
+        num_epochs: passes over the clips; None repeats for ever.
+        shard_index: which part of the stream to read, usually `jax.process_index()`.
+        shard_count: the number of parts, usually `jax.process_count()`.
+        cache_bytes: clips are kept decoded in memory up to this total; 0 decodes every time.
+        num_threads: that decode ahead, in this process.
+
+    Raises:
+        FileNotFoundError: the folder is missing or holds no clips.
+        ValueError: a clip lacks frames or differs in size, or an argument is out of its range.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    if not 0 <= static_probability <= 1:
+        raise ValueError(f"static_probability must lie in [0, 1]; got {static_probability}.")
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(f"There is no shard {shard_index} of {shard_count}; count from 0.")
+    records = ClipSource(source, size=size, cache_bytes=cache_bytes)
+
+    def freeze_some(record: Element, rng: np.random.Generator) -> Element:
+        still = rng.random() < static_probability
+        return _freeze(record) if still else record
+
+    dataset = grain.MapDataset.source(records).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle()
+    dataset = dataset.repeat(num_epochs).random_map(freeze_some)
+    dataset = dataset[shard_index::shard_count]
+    if len(dataset) < batch_size:
+        raise ValueError(
+            f"Shard {shard_index} of {shard_count} holds {len(dataset)} clips, fewer than"
+            f" batch_size={batch_size}; lower it or raise num_epochs={num_epochs}."
+        )
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    return dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(options)
+
+
+def element(clip: clips.OrbitClip) -> Element:
+    """A clip as the network sees it.
+
+    Args:
+        clip: with dynamic and static frames and their alpha, on any background.
+
+    Returns:
+        `dynamic`, `static`: (t, h, w, 4) float32 in [-1, 1]: the colours on white, then alpha.
+        `camera`: (t, 4, 4) float32 camera-to-world, OpenGL axes.
+        `motion`: float32 scalar, the magnitude m of Eq. 1 times 100, on the colours.
+        `caption`: a string as a numpy scalar array.
+
+    Raises:
+        ValueError: frames or alpha are missing.
+    """
+    views = {}
+    for view in ("dynamic", "static"):
+        frames, alpha = getattr(clip, view), getattr(clip, f"{view}_alpha")
+        if frames is None or alpha is None:
+            lacks = f"{view} frames" if frames is None else f"alpha of the {view} frames"
+            raise ValueError(f"A clip for training needs its {lacks}.")
+        views[view] = _model_space(frames, alpha, clip.background)
+    magnitude = motion.motion_magnitude(views["dynamic"][..., :3], views["static"][..., :3])
+    return {
+        **views,
+        "camera": np.asarray(clip.camera.opengl_camera_to_world, np.float32),
+        "motion": np.float32(magnitude),
+        "caption": np.asarray(clip.caption),
+    }
+
+
+class ClipSource:
+    """Random access to the elements of a folder of clips, or of a sequence of clips.
+
+    The clips of a folder come in the order of their names. Decoded elements stay in memory up to
+    `cache_bytes`; treat them as read-only. `len()` and `[i]` are what grain needs.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike | Sequence[clips.OrbitClip],
+        *,
+        size: int | None = None,
+        cache_bytes: int = 2**30,
+    ):
+        """Finds the clips and checks, from file names and headers, that they fit together.
+
+        Raises:
+            FileNotFoundError, ValueError: as `make_dataset`.
+        """
+        if isinstance(source, (str, os.PathLike)):
+            self._clips: Sequence[Path | clips.OrbitClip] = find_clips(source)
+            shapes = {str(path): _probe(path) for path in self._clips}
+        else:
+            if not source:
+                raise ValueError("The sequence of clips is empty; give at least one.")
+            self._clips = list(source)
+            shapes = {f"clip {i}": _shape(clip) for i, clip in enumerate(self._clips)}
+        _check_equal(shapes, any_size=size is not None)
+        self._size = size
+        self._cache: dict[int, Element] = {}
+        self._room = cache_bytes
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getitem__(self, index: int) -> Element:
+        if index in self._cache:
+            return self._cache[index]
+        clip = self._clips[index]
+        size = None if self._size is None else (self._size, self._size)
+        name = f"clip {index}"
+        if isinstance(clip, Path):
+            name, clip = str(clip), clips.read_clip(clip, size=size)
+        elif size is not None:
+            clip = clip.resized(*size)
+        try:
+            record = element(clip)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from error
+        need = sum(value.nbytes for value in record.values())
+        if need <= self._room:
+            self._room -= need
+            self._cache[index] = record
+        return record
+
+    def __repr__(self) -> str:
+        """Without memory addresses: grain compares it when it restores an iterator."""
+        return f"ClipSource({len(self)} clips, size={self._size})"
+
+
+def find_clips(folder: str | os.PathLike) -> list[Path]:
+    """The subfolders that hold dynamic frames, sorted by name.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no clip in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder of clips {str(root)!r}.")
+    found = sorted(path.parent for path in root.glob("*/multi_frame0.png"))
+    if not found:
+        hint = " is itself a clip; give its parent" if (root / "multi_frame0.png").exists() else ""
+        raise FileNotFoundError(
+            f"{str(root)!r}{hint or ' holds no clips: no subfolder has a multi_frame0.png'}."
+        )
+    return found
+
+
+def _freeze(record: Element) -> Element:
+    """The same object standing still: its static orbit, motion 0."""
+    return {**record, "dynamic": record["static"], "motion": np.float32(0)}
+
+
+def _model_space(
+    frames: Float[AnyArray, "t h w 3"],
+    alpha: Float[AnyArray, "t h w"],
+    background: tuple[float, float, float],
+) -> Float[np.ndarray, "t h w 4"]:
+    """Colours moved from their background onto white, then alpha; [0, 1] to [-1, 1]."""
+    cover = np.asarray(alpha, np.float32)[..., None]
+    to_white = 1 - np.asarray(background, np.float32)
+    on_white = np.asarray(frames, np.float32) + (1 - cover) * to_white
+    return 2 * np.concatenate([on_white, cover], -1) - 1
+
+
+def _probe(path: Path) -> tuple[int, int, int]:
+    """Frames, height and width of a clip folder, from file names and the first frame's header."""
+    names = os.listdir(path)
+    counts = {
+        stem: sum(re.fullmatch(rf"{stem}\d+\.png", name) is not None for name in names)
+        for stem in ("multi_frame", "multi_static_frame")
+    }
+    if counts["multi_static_frame"] != counts["multi_frame"]:
+        raise ValueError(
+            f"{str(path)!r} has {counts['multi_frame']} dynamic and"
+            f" {counts['multi_static_frame']} static frames; training needs as many of both."
+        )
+    first = path / "multi_frame0.png"
+    try:
+        with Image.open(first) as file:
+            return counts["multi_frame"], file.height, file.width
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{str(first)!r} cannot be decoded ({error}).") from error
+
+
+def _shape(clip: clips.OrbitClip) -> tuple[int, int, int]:
+    return clip.num_frames, clip.camera.height, clip.camera.width
+
+
+def _check_equal(shapes: dict[str, tuple[int, int, int]], *, any_size: bool) -> None:
+    """Raises ValueError at the first clip that does not batch with the first one."""
+    (first, (frames, height, width)), *others = shapes.items()
+    for name, (t, h, w) in others:
+        if t != frames or (not any_size and (h, w) != (height, width)):
+            raise ValueError(
+                f"{name!r} has {t} frames of {w} x {h}, but {first!r} has {frames} of"
+                f" {width} x {height}; clips of a batch need one length and size"
+                " (the option `size` resizes them)."
+            )

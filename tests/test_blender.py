@@ -1,0 +1,142 @@
+"""The Blender script, as far as it goes without Blender: arguments, cameras, times, mistakes."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from d4d_jax import cameras
+from d4d_jax.data import blender
+
+
+def run_script(*arguments):
+    return subprocess.run(
+        [sys.executable, blender.__file__, *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def assert_one_sentence(result, status, words):
+    assert result.returncode == status
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def asset(tmp_path):
+    path = tmp_path / "thing.glb"
+    path.write_bytes(b"glTF" + bytes(8))
+    return path
+
+
+@pytest.mark.parametrize(("elevation", "azimuth"), [(0.0, 0.0), (0.3, 0.0), (-0.2, 1.1)])
+def test_poses_are_those_of_the_library_orbit(elevation, azimuth):
+    orbit = cameras.orbit(7, elevation=elevation, azimuth=azimuth)
+    poses = [blender.camera_to_world(i, 7, elevation, azimuth) for i in range(7)]
+    np.testing.assert_allclose(poses, orbit.opengl_camera_to_world, atol=1e-6)
+
+
+def test_the_field_of_view_is_the_library_one():
+    assert blender.FOV == pytest.approx(cameras.FOV, abs=1e-9)
+    assert pytest.approx(math.radians(39.5978), abs=1e-5) == blender.FOV
+
+
+def test_camera_records_read_back_as_the_orbit():
+    expected = cameras.orbit(5, elevation=0.2, width=32, height=32)
+    for i in range(5):
+        record = blender.camera_json(blender.camera_to_world(i, 5, 0.2), [[-0.5] * 3, [0.5] * 3])
+        camera = cameras.from_json(json.loads(json.dumps(record)), 32, 32)
+        np.testing.assert_allclose(camera.world_to_camera, expected[i].world_to_camera, atol=1e-5)
+        np.testing.assert_allclose(camera.intrinsics, expected[i].intrinsics, rtol=1e-5)
+
+
+def test_frame_times_spread_evenly_from_the_first_to_the_last():
+    times = [whole + part for whole, part in blender.resample_frames(1.0, 14.0, 24)]
+    np.testing.assert_allclose(times, np.linspace(1, 14, 24), atol=1e-5)
+    for whole, part in blender.resample_frames(0.0, 20.8, 24):
+        assert whole == int(whole) and 0 <= part < 1
+
+
+def test_one_frame_is_the_first():
+    assert blender.resample_frames(3.0, 9.0, 1) == [(3, 0.0)]
+
+
+def test_actions_go_by_full_name_or_unique_last_part():
+    names = ["Rig|Rig|Walk", "Rig|Rig|Run", "Other|Run"]
+    assert blender.pick_action(names, "Rig|Rig|Run") == "Rig|Rig|Run"
+    assert blender.pick_action(names, "Walk") == "Rig|Rig|Walk"
+    assert blender.pick_action(["Only"], None) == "Only"
+
+
+@pytest.mark.parametrize("wanted", ["Swim", "Run", None])
+def test_an_unknown_or_ambiguous_action_lists_the_names(wanted):
+    with pytest.raises(blender.RenderError, match="Other.Run, Rig.Run, Rig.Walk"):
+        blender.pick_action(["Rig|Walk", "Rig|Run", "Other|Run"], wanted)
+
+
+def test_defaults_are_the_published_settings():
+    args = blender.parse_args(["--asset", "a.glb", "--out", "out"])
+    assert (args.resolution, args.samples, args.frames) == (256, 128, 24)
+    assert args.filter_width == 0.01 and args.views == ("dynamic", "static", "front")
+    assert (args.elevation, args.azimuth) == (0.0, 0.0)
+
+
+def test_views_are_a_subset():
+    args = blender.parse_args(["--asset", "a.glb", "--out", "o", "--views", "front, dynamic"])
+    assert args.views == ("dynamic", "front")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--views", "top", "'top' is not a subset of dynamic,static,front"),
+        ("--frames", "0", "'0' is not a positive whole number"),
+        ("--resolution", "big", "'big' is not a positive whole number"),
+        ("--elevation", "90", "--elevation=90 is outside [-89, 89] degrees"),
+    ],
+)
+def test_a_wrong_value_is_named(option, value, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        blender.parse_args(["--asset", "a.glb", "--out", "out", option, value])
+    assert words in capsys.readouterr().err
+
+
+def test_the_output_folder_must_be_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        blender.parse_args(["--asset", "a.glb"])
+    assert "--out names the folder to write" in capsys.readouterr().err
+
+
+def test_without_bpy_the_script_says_what_to_install(asset, tmp_path):
+    code = (
+        "import sys; sys.modules['bpy'] = None; import runpy; sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    arguments = [blender.__file__, "--asset", asset, "--out", tmp_path / "out"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert_one_sentence(result, 1, "pip install bpy")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_asset_is_named(tmp_path):
+    result = run_script("--asset", tmp_path / "none.glb", "--out", tmp_path / "out")
+    assert_one_sentence(result, 1, f"There is no asset file {tmp_path / 'none.glb'}.")
+
+
+def test_other_paths_that_cannot_be(asset, tmp_path):
+    def check(words, **changes):
+        options = {"asset": asset, "out": tmp_path / "out", **changes}
+        args = blender.parse_args([f"--{name}={value}" for name, value in options.items()])
+        with pytest.raises(blender.RenderError, match=words):
+            blender.check_paths(args)
+
+    (tmp_path / "model.obj").write_text("o thing")
+    check("model.obj is not a .glb", asset=tmp_path / "model.obj")
+    (tmp_path / "text.glb").write_text("nothing binary")
+    check("text.glb is named .glb but", asset=tmp_path / "text.glb")
+    check("is a file, not a folder", out=asset)
+    check("already holds files; give --overwrite", out=tmp_path)
