@@ -1,1 +1,1 @@
-"""The binaries: train, sample, generate, reconstruct. Run them with `python -m experiments.NAME`."""
+"""The binaries; run them with `python -m experiments.NAME`."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import OPTIMIZER, STEP, ToyData, assert_identical, run_toy, toy_state
+from toy_run import OPTIMIZER, STEP, ToyData, assert_identical, run_toy, toy_state
 
 from d4d_jax.train import state as train_state
 from d4d_jax.train.checkpoint import Checkpointer
@@ -88,7 +88,7 @@ def test_position_in_bytes_survives(tmp_path):
 def test_missing_checkpoint_is_named(tmp_path, copied):
     empty, full = Checkpointer(tmp_path / "empty"), Checkpointer(copied)
     assert empty.latest_step() is None
-    with pytest.raises(FileNotFoundError, match="no checkpoint in .*empty"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*empty"):
         empty.restore(toy_state(), ToyData())
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 11"):
         full.restore_model(step=11)
@@ -101,7 +101,7 @@ def test_damaged_checkpoint_is_named_and_the_earlier_one_works(copied):
         if path.is_file() and path.name != "_CHECKPOINT_METADATA":
             path.write_bytes(b"damaged")
     checkpointer = Checkpointer(copied)
-    with pytest.raises(ValueError, match="20 cannot be read .* delete that folder"):
+    with pytest.raises(ValueError, match=r"20 cannot be read .* delete that folder"):
         checkpointer.restore(toy_state(), ToyData())
     with pytest.raises(ValueError, match="20 cannot be read"):
         checkpointer.restore_model()
@@ -124,8 +124,8 @@ def test_checkpoint_of_another_network_is_refused(copied):
 KILLED_SCRIPT = """
 import pathlib, sys
 sys.path.insert(0, "tests")
-import test_train
-test_train.run_toy(pathlib.Path(sys.argv[1]), 100_000, checkpoint_every=1)
+import toy_run
+toy_run.run_toy(pathlib.Path(sys.argv[1]), 100_000, checkpoint_every=1)
 """
 
 

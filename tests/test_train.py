@@ -1,4 +1,4 @@
-"""State, step, sharding and loop, on a toy regression that compiles in a moment."""
+"""State, step, sharding and loop, on a toy regression."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from toy_run import OPTIMIZER, STEP, ToyData, assert_identical, run_toy, toy_loss, toy_state
 
 from d4d_jax.train import loop, sharding
 from d4d_jax.train import state as train_state
@@ -21,81 +21,8 @@ from d4d_jax.train.writers import JsonlWriter
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def toy_loss(params, frozen, batch, key):
-    """Linear regression with a little noise on the inputs, so that the random key matters."""
-    inputs = batch["x"] + 0.01 * jax.random.normal(key, batch["x"].shape)
-    error = inputs @ params["w"] + params["b"] - batch["y"] * frozen["scale"]
-    return jnp.mean(jnp.square(error)), {"error": jnp.mean(jnp.abs(error))}
-
-
-class ToyData:
-    """Endless batches that depend on the position only, as a seeded grain pipeline's do."""
-
-    def __init__(self, batch_size=8, poison_at=None):
-        self.position, self.batch_size, self.poison_at = 0, batch_size, poison_at
-
-    def __next__(self):
-        rng = np.random.default_rng(self.position)
-        x = rng.normal(size=(self.batch_size, 3)).astype(np.float32)
-        y = x @ np.array([[1.0], [-2.0], [0.5]], np.float32) + 0.25
-        if self.position == self.poison_at:
-            y = y * np.nan
-        self.position += 1
-        return {"x": x, "y": y.astype(np.float32)}
-
-    def get_state(self):
-        return {"position": self.position}
-
-    def set_state(self, state):
-        self.position = state["position"]
-
-
-OPTIMIZER = optax.adam(0.05)
-STEP = train_step.make_train_step(toy_loss, OPTIMIZER, ema_decay=0.9)
-
-
-def toy_state(seed=0):
-    params = {"w": jnp.zeros((3, 1)), "b": jnp.zeros((1,))}
-    frozen = {"scale": jnp.ones(())}
-    return train_state.create_state(params, OPTIMIZER, jax.random.key(seed), frozen)
-
-
-def run_toy(directory, num_steps, *, data=None, state=None, **options):
-    """Runs the loop in a folder, from its newest checkpoint if it has one."""
-    data = data or ToyData()
-    checkpointer = Checkpointer(directory / "checkpoints")
-    state = state or toy_state()
-    if checkpointer.latest_step() is not None:
-        state = checkpointer.restore(state, data)
-    writer = JsonlWriter(directory, restored_step=int(state.step))
-    try:
-        return loop.train(
-            state,
-            STEP,
-            data,
-            loop.LoopOptions(num_steps, **{"log_every": 5, "checkpoint_every": 10, **options}),
-            mesh=sharding.make_mesh(),
-            checkpointer=checkpointer,
-            writer=writer,
-            config={"num_steps": num_steps},
-        )
-    finally:
-        writer.close()
-        checkpointer.close()
-
-
 def read_metrics(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_identical(left, right):
-    left, right = (t if isinstance(t, dict) else vars(t) for t in (left, right))
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 def test_state_counts_parameters_and_starts_average_at_them():
@@ -191,7 +118,7 @@ def test_mesh_must_cover_the_devices():
 DEVICES_SCRIPT = """
 import sys, jax, jax.numpy as jnp
 sys.path.insert(0, "tests")
-import test_train as t
+import toy_run as t
 from d4d_jax.train import sharding
 mesh = sharding.make_mesh()
 state, data = sharding.place_state(t.toy_state(), mesh), t.ToyData()

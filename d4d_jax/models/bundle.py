@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,7 +35,7 @@ def save_bundle(
     Raises ValueError for a tree that is not nested dicts of arrays, or a value that float16
     cannot hold.
     """
-    entries = {_CONFIG: np.array(json.dumps(dict(config), sort_keys=True))}
+    entries: dict[str, Any] = {_CONFIG: np.array(json.dumps(dict(config), sort_keys=True))}
     for name, array in _flatten(params, "params").items():
         entries[name] = _to_half(name, array)
     entries |= _flatten(codec_params, "codec")
@@ -76,10 +77,9 @@ def load_bundle(path: str | os.PathLike[str]) -> tuple[PyTree, PyTree, dict[str,
 
 def _flatten(tree: PyTree, prefix: str) -> dict[str, np.ndarray]:
     if not isinstance(tree, Mapping):
-        array = np.asarray(tree)
-        if array.dtype == object:
+        if not isinstance(tree, np.ndarray | np.generic | jax.Array):
             raise ValueError(f"A bundle holds nested dicts of arrays, but {prefix} is {tree!r}.")
-        return {prefix: array}
+        return {prefix: np.asarray(tree)}
     entries = {}
     for key, value in tree.items():
         if not isinstance(key, str) or "/" in key:
