@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 from scipy import ndimage
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from d4d_jax.cameras import Camera
 from d4d_jax.registry import register
@@ -84,7 +84,7 @@ def visual_hull(
     if not inside.any():
         raise ValueError(_nothing_left(masks, tolerance))
 
-    surface = inside & ~ndimage.binary_erosion(inside)
+    surface = inside & np.logical_not(ndimage.binary_erosion(inside))
     points, normals = centers[surface], _outward_normals(inside)[surface]
     colours = _paint(points, normals, images, alphas, camera, voxel)
     chosen = _even_choice(rng, len(points), num_splats)
@@ -175,7 +175,7 @@ def nearest_distances(points: Float[AnyArray, "n d"], k: int) -> Float[np.ndarra
         raise ValueError(f"{len(points)} points do not have {k} neighbours each.")
     if not np.isfinite(points).all():
         raise ValueError("The points to measure have coordinates that are not finite.")
-    distances, _ = cKDTree(points).query(points, k + 1)
+    distances, _ = KDTree(points).query(points, k + 1)
     return distances[:, 1:].astype(np.float32)
 
 
@@ -258,7 +258,7 @@ def _grid(
 
 def _outward_normals(inside: Bool[np.ndarray, "x y z"]) -> Float[np.ndarray, "x y z 3"]:
     smooth = ndimage.uniform_filter(inside.astype(np.float32), 5)
-    outward = -np.stack(np.gradient(smooth), -1)
+    outward = np.stack([-np.gradient(smooth, axis=axis) for axis in range(3)], -1)
     return outward / (np.linalg.norm(outward, axis=-1, keepdims=True) + 1e-6)
 
 
