@@ -1,0 +1,1 @@
+"""Networks and latent codecs (Flax Linen); nothing is imported here."""

@@ -1,0 +1,78 @@
+"""What a network is told besides the noisy latents and the timestep."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float
+
+from d4d_jax import pytree
+from d4d_jax.typing import AnyArray
+
+
+@pytree.dataclass
+class Conditioning:
+    """The prompt, the cameras and the motion of a batch of clips; any of them may be absent.
+
+    Attributes:
+      image: latent of the reference frame.
+      context: text tokens.
+      camera: camera-to-world matrices with OpenGL / Blender axes
+        (`Camera.opengl_camera_to_world`), which the network reads row by row.
+      motion: motion magnitude of every clip (Eq. 1, the x100 scale).
+      null_context: tokens that replace the text of samples whose prompt is dropped, for example
+        the embedding of a negative prompt; zeros when absent.
+      drop_prompt: True where image and text are dropped (image -> zeros, text -> `null_context`).
+      drop_motion: True where the motion magnitude is replaced by the null embedding.
+    """
+
+    image: Float[AnyArray, "b h w c"] | None = None
+    context: Float[AnyArray, "b n d"] | None = None
+    camera: Float[AnyArray, "b t 4 4"] | None = None
+    motion: Float[AnyArray, "b"] | None = None
+    null_context: Float[AnyArray, "b n d"] | None = None
+    drop_prompt: Bool[AnyArray, "b"] | None = None
+    drop_motion: Bool[AnyArray, "b"] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of clips; raises ValueError when nothing at all is given."""
+        leaves = jax.tree.leaves(self)
+        if not leaves:
+            raise ValueError("An empty Conditioning has no batch size.")
+        return leaves[0].shape[0]
+
+    def without_prompt(self) -> "Conditioning":
+        """Prompt and motion dropped, camera kept: the condition of eps(z_t, t) in Eq. 3."""
+        if not jax.tree.leaves(self):
+            return self
+        dropped = jnp.ones((self.batch_size,), bool)
+        return dataclasses.replace(self, drop_prompt=dropped, drop_motion=dropped)
+
+    def with_motion(self, motion: ArrayLike) -> "Conditioning":
+        """The same conditions with another motion magnitude: one number, or one for every clip."""
+        motion = jnp.broadcast_to(jnp.asarray(motion, jnp.float32), (self.batch_size,))
+        return dataclasses.replace(self, motion=motion, drop_motion=None)
+
+    @staticmethod
+    def concatenate(parts: Sequence["Conditioning"]) -> "Conditioning":
+        """Joins batches; a mask that only some parts have counts as False in the others.
+
+        Raises:
+          ValueError: a condition is given in some parts and absent in others.
+        """
+        fields = {}
+        for field in dataclasses.fields(Conditioning):
+            values = [getattr(part, field.name) for part in parts]
+            absent = [value is None for value in values]
+            if all(absent):
+                continue
+            if any(absent) and field.name.startswith("drop_"):
+                kept = [jnp.zeros((part.batch_size,), bool) for part in parts]
+                values = [k if v is None else v for k, v in zip(kept, values, strict=True)]
+            elif any(absent):
+                raise ValueError(f"Only some of the conditionings to join have {field.name!r}.")
+            fields[field.name] = jnp.concatenate(values)
+        return Conditioning(**fields)

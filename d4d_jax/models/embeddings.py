@@ -1,0 +1,80 @@
+"""Embeddings of the numbers that steer the network; all are added to the time embedding."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Num
+
+from d4d_jax.models.layers import convolution, dense, zeros
+
+
+def sinusoidal(
+    values: Num[Array, "*b"], width: int, *, max_period: float = 10_000.0
+) -> Float[Array, "*b width"]:
+    """Cosines then sines of `values` at `width / 2` frequencies from 1 down to 1 / max_period."""
+    if width % 2:
+        raise ValueError(f"A sinusoidal embedding needs an even width, not {width}.")
+    half = width // 2
+    frequencies = max_period ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = values[..., None].astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class EmbeddingMLP(nn.Module):
+    """Linear, SiLU, Linear; `zero_init` makes it an exact 0 before training."""
+
+    width: int
+    zero_init: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+        x = nn.silu(dense(self.width, dtype=self.dtype, name="linear_1")(x))
+        options = {"kernel_init": zeros} if self.zero_init else {}
+        return dense(self.width, dtype=self.dtype, name="linear_2", **options)(x)
+
+
+class MotionEmbedding(nn.Module):
+    """Embeds the motion magnitude of a clip (Eq. 1, the x100 scale), 0 before training.
+
+    Attributes:
+      null: what stands for a dropped magnitude: a "learnt" vector (0 at the start) or "zero".
+      input_scale: factor on the magnitude, so that typical values (0 to 20) are of order one.
+    """
+
+    width: int
+    null: str = "learnt"
+    input_scale: float = 0.1
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, motion: Float[Array, "b"], drop: Bool[Array, "b"] | None = None
+    ) -> Float[Array, "b d"]:
+        if self.null not in ("learnt", "zero"):
+            raise ValueError(f"The null motion embedding is 'learnt' or 'zero', not {self.null!r}.")
+        mlp = EmbeddingMLP(self.width, zero_init=True, dtype=self.dtype, name="mlp")
+        embedding = mlp(motion[:, None] * self.input_scale)
+        null = jnp.zeros((self.width,), self.dtype)
+        if self.null == "learnt":
+            null = self.param("null", zeros, (self.width,), jnp.float32).astype(self.dtype)
+        if drop is None:
+            return embedding
+        return jnp.where(drop[:, None], null, embedding)
+
+
+class ImageTokens(nn.Module):
+    """Context tokens from the latent of the reference frame: one for every 4 x 4 cells.
+
+    The idea is I2VGen-XL's embedding of the local image.
+    """
+
+    width: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+        x = nn.silu(convolution(32, dtype=self.dtype, name="conv_1")(image))
+        x = nn.silu(convolution(64, strides=(2, 2), dtype=self.dtype, name="conv_2")(x))
+        x = convolution(self.width, strides=(2, 2), dtype=self.dtype, name="conv_3")(x)
+        return x.reshape(x.shape[0], -1, self.width)
