@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from d4d_jax import pytree
 from d4d_jax.registry import register
-from d4d_jax.typing import PyTree
+from d4d_jax.typing import AnyArray, PyTree
 from gaussians.projection import rotation_matrices
 from gaussians.types import Splats
 
@@ -53,7 +53,7 @@ class Rows:
     def gather_moments(self, tree: PyTree) -> PyTree:
         """Like `gather`, but zero for new splats: what an optimizer remembers of each."""
 
-        def move(leaf: Array) -> Array:
+        def move(leaf: AnyArray) -> Array:
             fresh = self.fresh.reshape(-1, *(1,) * (leaf.ndim - 1))
             return jnp.where(fresh, jnp.zeros_like(leaf), leaf[self.source])
 
