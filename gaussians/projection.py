@@ -1,0 +1,124 @@
+"""Projection of 3D Gaussians to the image plane: elliptical weighted averaging (EWA).
+
+Zwicker et al. 2001 as used by 3D Gaussian Splatting (Kerbl et al. 2023): the perspective map is
+linearised at each centre, cov2d = J W Sigma W^T J^T, and `blur` px^2 is added on the diagonal.
+Camera axes are OpenCV's (x right, y down, z forward); pixel centres lie at +0.5.
+
+Everything here is plain differentiable JAX. Splats that cannot be drawn (behind the near plane, not
+finite, degenerate) are replaced by a harmless one *before* the arithmetic, so they produce neither
+NaN values nor NaN gradients, and are marked in `visible`.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from d4d_jax.cameras import Camera
+from d4d_jax.typing import AnyArray
+
+NEAR = 0.2
+BLUR = 0.3
+_FOV_MARGIN = 0.3  # in units of tan(fov / 2): the Jacobian is taken at most this far off-screen
+_MAX_LOG_SCALE = 10.0  # beyond it a covariance squared leaves the range of float32
+_MAX_DISTANCE = 1e9
+_MIN_NORM_SQUARED = 1e-20
+
+
+class Projection(NamedTuple):
+    """What the image plane sees of n splats.
+
+    means2d: Centres in pixels. conics: Inverse covariance (xx, xy, yy) in 1/px^2.
+    variances: Diagonal (xx, yy) of the blurred covariance, px^2. depths: Camera z.
+    visible: Whether the numbers mean anything; invisible splats hold finite stand-ins.
+    """
+
+    means2d: Float[Array, "n 2"]
+    conics: Float[Array, "n 3"]
+    variances: Float[Array, "n 2"]
+    depths: Float[Array, "n"]
+    visible: Bool[Array, "n"]
+
+
+def rotation_matrices(quaternions: Float[Array, "n 4"]) -> Float[Array, "n 3 3"]:
+    """Rotation matrices of w x y z quaternions of any norm; the zero quaternion is the identity."""
+    squared = jnp.sum(quaternions * quaternions, axis=-1, keepdims=True)
+    degenerate = squared < _MIN_NORM_SQUARED
+    identity = jnp.array([1.0, 0.0, 0.0, 0.0], quaternions.dtype)
+    unit = jnp.where(degenerate, identity, quaternions) * lax.rsqrt(
+        jnp.where(degenerate, 1.0, squared)
+    )
+    w, x, y, z = unit[:, 0], unit[:, 1], unit[:, 2], unit[:, 3]
+    rows = (
+        (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
+        (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
+        (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
+    )
+    return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
+
+
+def project(
+    means: Float[AnyArray, "n 3"],
+    log_scales: Float[AnyArray, "n 3"],
+    quaternions: Float[AnyArray, "n 4"],
+    camera: Camera,
+    *,
+    blur: float | Float[AnyArray, ""] = BLUR,
+    near: float = NEAR,
+) -> Projection:
+    """Projects splats into one camera.
+
+    Args:
+        means, log_scales, quaternions: As in `gaussians.types.Splats`.
+        camera: One camera (no leading axes), skew 0; the principal point may lie anywhere.
+        blur: Added to both variances, px^2. It stands for the pixel's own extent at full
+            resolution: to see in a w-pixel image what a W-pixel image shows, scale it by (w/W)^2.
+        near: Splats with z at or below this are invisible.
+    """
+    rotation, translation = camera.world_to_camera[:3, :3], camera.world_to_camera[:3, 3]
+    focal = jnp.stack([camera.intrinsics[0, 0], camera.intrinsics[1, 1]])
+    centre = camera.intrinsics[:2, 2]
+    size = jnp.array([camera.width, camera.height], means.dtype)
+
+    points = means @ rotation.T + translation
+    visible = (
+        (points[:, 2] > near)
+        & jnp.all(jnp.abs(points) < _MAX_DISTANCE, axis=-1)
+        & jnp.all(log_scales < _MAX_LOG_SCALE, axis=-1)
+        & jnp.all(jnp.isfinite(quaternions), axis=-1)
+    )
+    seen = visible[:, None]
+    points = jnp.where(seen, points, jnp.array([0.0, 0.0, 1.0], means.dtype))
+    scales = jnp.exp(jnp.where(seen, log_scales, 0.0))
+    quaternions = jnp.where(seen, quaternions, 0.0)
+
+    depths = points[:, 2:]
+    slopes = points[:, :2] / depths
+    means2d = focal * slopes + centre
+    margin = _FOV_MARGIN * 0.5 * size / focal
+    clamped = jnp.clip(slopes, -centre / focal - margin, (size - centre) / focal + margin)
+
+    # Row i of J W, then of J W R S: its Gram matrix is the covariance in pixels.
+    jacobian = (focal / depths)[:, :, None] * (
+        rotation[:2][None] - clamped[:, :, None] * rotation[2][None, None]
+    )
+    factors = (
+        jnp.einsum("nij,njk->nik", jacobian, rotation_matrices(quaternions)) * scales[:, None, :]
+    )
+    xx = jnp.sum(factors[:, 0] ** 2, axis=-1) + blur
+    yy = jnp.sum(factors[:, 1] ** 2, axis=-1) + blur
+    xy = jnp.sum(factors[:, 0] * factors[:, 1], axis=-1)
+    # xx yy - xy^2 loses every digit for long needles; Lagrange's identity subtracts nothing large.
+    cross = jnp.cross(factors[:, 0], factors[:, 1])
+    determinant = jnp.sum(cross**2, axis=-1) + blur * (xx + yy - blur)
+    invertible = determinant > 0.0
+    determinant = jnp.where(invertible, determinant, 1.0)
+    conics = jnp.stack([yy, -xy, xx], axis=-1) / determinant[:, None]
+    return Projection(
+        means2d=means2d,
+        conics=jnp.where(invertible[:, None], conics, 1.0),
+        variances=jnp.stack([xx, yy], axis=-1),
+        depths=depths[:, 0],
+        visible=visible & invertible,
+    )

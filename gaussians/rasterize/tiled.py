@@ -1,0 +1,304 @@
+"""Exact tiled rasterizer in plain XLA operations: CPU, GPU and TPU alike.
+
+Splats are listed per tile of 8 x 8 pixels (`binning`). Tiles of similar occupancy form a group, and a
+group walks through its lists nearest first, in chunks of `_CHUNK` splats, until the lists end or all
+of its pixels are opaque. So the loops have the length that the scene needs, while every array
+has a static shape.
+
+The backward pass walks front to back a second time rather than storing anything. For a pixel with
+cotangent v and output C, let g_k = v . f_k and R_k the part of v . C that lies behind splat k:
+
+    dL / da_k = T_k g_k - R_k / (1 - a_k),      R_k = v . C - sum_{j <= k} w_j g_j
+
+with w_k = a_k T_k; alpha is one more feature that is 1 for every splat. Everything a splat receives
+from a tile is then a moment sum_p e_p {1, x, y, x^2, x y, y^2} of e = a dL/da over the tile's pixels,
+which is one matrix product per chunk.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from gaussians.rasterize.binning import TILE, bin_splats, by_occupancy, default_capacity
+from gaussians.rasterize.screen import ALPHA_MIN, TRANSMITTANCE_MIN, Composite, ScreenSplats
+
+_CHUNK = 16
+_GROUP = 32
+_PIXELS = TILE * TILE
+_GEOMETRY = 6  # columns of a splat row before its features: x, y, xx, xy, yy, opacity
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """The static facts of one image."""
+
+    width: int
+    height: int
+    alpha_max: float
+
+    @property
+    def columns(self) -> int:
+        return -(-self.width // TILE)
+
+    @property
+    def rows(self) -> int:
+        return -(-self.height // TILE)
+
+    @property
+    def group(self) -> int:
+        """Tiles that advance together: enough for long vectors, few enough to differ little."""
+        return min(_GROUP, max(8, self.columns * self.rows // 8))
+
+    def to_tiles(self, image: Float[Array, "h w c"]) -> Float[Array, "tiles+1 c p"]:
+        """Cuts an image into tiles, the last one empty; pixels past the border are 0."""
+        below, right = self.rows * TILE - self.height, self.columns * TILE - self.width
+        image = jnp.pad(image, ((0, below), (0, right), (0, 0)))
+        tiles = image.reshape(self.rows, TILE, self.columns, TILE, -1).transpose(0, 2, 4, 1, 3)
+        return jnp.pad(
+            tiles.reshape(self.rows * self.columns, -1, _PIXELS), ((0, 1), (0, 0), (0, 0))
+        )
+
+    def to_image(self, tiles: Float[Array, "tiles+1 c p"]) -> Float[Array, "h w c"]:
+        """The inverse of `to_tiles`."""
+        image = tiles[:-1].reshape(self.rows, self.columns, -1, TILE, TILE)
+        image = image.transpose(0, 3, 1, 4, 2)
+        image = image.reshape(self.rows * TILE, self.columns * TILE, -1)
+        return image[: self.height, : self.width]
+
+
+def composite(
+    screen: ScreenSplats,
+    *,
+    width: int,
+    height: int,
+    capacity: int | None = None,
+    alpha_max: float = 0.99,
+) -> Composite:
+    """Blends splats into an image; see `gaussians.rasterize.rasterize` for the arguments.
+
+    Under `jax.vmap` the blending runs one element after the other (on CPU that is what is fastest);
+    projection and sorting are batched.
+    """
+    n, num_features = screen.features.shape
+    if n == 0 or width == 0 or height == 0:
+        blank = jnp.zeros((height, width, num_features), screen.features.dtype)
+        return Composite(blank, jnp.zeros((height, width), blank.dtype), jnp.zeros((), jnp.int32))
+    capacity = default_capacity(n, width, height) if capacity is None else capacity
+    bins = bin_splats(lax.stop_gradient(screen), width=width, height=height, capacity=capacity)
+    ones = jnp.ones((n, 1), screen.features.dtype)
+    table = jnp.concatenate(
+        [screen.means2d, screen.conics, screen.opacities[:, None], screen.features, ones], axis=-1
+    )
+    blended = _blend(_Grid(width, height, alpha_max), table, bins.splats, bins.starts)
+    return Composite(blended[..., :-1], blended[..., -1], bins.overflow)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blend(
+    grid: _Grid, table: Float[Array, "n d"], splats: Int[Array, "m"], starts: Int[Array, "tiles+1"]
+) -> Float[Array, "h w f"]:
+    """Image of all features (columns of `table` behind the geometry)."""
+    return _blend_forward(grid, table, splats, starts)[0]
+
+
+def _blend_forward(grid: _Grid, table: Array, splats: Array, starts: Array):
+    run = jax.custom_batching.sequential_vmap(functools.partial(_forward, grid))
+    image = run(table, splats, starts)
+    return image, (table, splats, starts, image)
+
+
+def _blend_backward(grid: _Grid, residuals: tuple, cotangent: Array):
+    table, splats, starts, image = residuals
+    run = jax.custom_batching.sequential_vmap(functools.partial(_backward, grid))
+    return run(table, splats, starts, image, cotangent), None, None
+
+
+_blend.defvjp(_blend_forward, _blend_backward)
+
+
+class _Chunk(NamedTuple):
+    """The next k splats of g tiles; coordinates are relative to the tile's centre."""
+
+    index: Int[Array, "k g"]  # row of the table, or one past its end
+    x: Float[Array, "k g"]
+    y: Float[Array, "k g"]
+    conic: tuple[Array, Array, Array]  # xx, xy, yy, each (k g)
+    opacity: Float[Array, "k g"]  # 0 past the end of a tile's list
+    features: Float[Array, "k f g"]
+
+
+def _read_chunk(
+    grid: _Grid,
+    table: Float[Array, "n d"],
+    splats: Int[Array, "m"],
+    begin: Int[Array, "g"],
+    end: Int[Array, "g"],
+    tiles: Int[Array, "g"],
+    step: Int[Array, ""],
+) -> _Chunk:
+    position = begin + step * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)[:, None]
+    listed = position < end
+    index = splats[jnp.minimum(position, splats.shape[0] - 1)]
+    rows = table[index]
+    centre_x = ((tiles % grid.columns) * TILE + TILE // 2).astype(table.dtype)
+    centre_y = ((tiles // grid.columns) * TILE + TILE // 2).astype(table.dtype)
+    return _Chunk(
+        index=jnp.where(listed, index, table.shape[0]),
+        x=rows[..., 0] - centre_x,
+        y=rows[..., 1] - centre_y,
+        conic=(rows[..., 2], rows[..., 3], rows[..., 4]),
+        opacity=jnp.where(listed, rows[..., 5], 0.0),
+        features=rows[..., _GEOMETRY:].transpose(0, 2, 1),
+    )
+
+
+def _pixel_offsets(dtype) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of the pixel centres of a tile, relative to the tile's centre."""
+    axis = np.arange(TILE, dtype=dtype) + 0.5 - TILE / 2
+    y, x = np.meshgrid(axis, axis, indexing="ij")
+    return x.reshape(-1).astype(dtype), y.reshape(-1).astype(dtype)
+
+
+def _peaks(chunk: _Chunk) -> Float[Array, "k g p"]:
+    """opacity * exp(-distance^2 / 2) at every pixel, before both cuts."""
+    pixel_x, pixel_y = _pixel_offsets(chunk.x.dtype)
+    dx, dy = pixel_x - chunk.x[..., None], pixel_y - chunk.y[..., None]
+    xx, xy, yy = (entry[..., None] for entry in chunk.conic)
+    power = dx * (-0.5 * xx * dx - xy * dy) - 0.5 * yy * dy * dy
+    peaks = chunk.opacity[..., None] * jnp.exp(jnp.minimum(power, 0.0))
+    return lax.optimization_barrier(peaks)  # one pass over the chunk, not a part of the loop below
+
+
+def _cut(peaks: Array, alpha_max: float) -> Array:
+    alpha = jnp.minimum(peaks, alpha_max)
+    return jnp.where(alpha >= ALPHA_MIN, alpha, 0.0)
+
+
+def _start_transmittance(grid: _Grid, tiles: Int[Array, "g"], dtype) -> Float[Array, "g p"]:
+    """1 inside the image, 0 past its border, where nothing needs to be blended."""
+    pixel_x, pixel_y = _pixel_offsets(dtype)
+    x = (tiles % grid.columns * TILE + TILE // 2)[:, None] + pixel_x
+    y = (tiles // grid.columns * TILE + TILE // 2)[:, None] + pixel_y
+    return ((x < grid.width) & (y < grid.height)).astype(dtype)
+
+
+def _walk(grid: _Grid, starts: Array, tiles: Array, state: tuple, advance) -> tuple:
+    """Runs `advance(step, begin, end, state)` until lists end or all is opaque; state[0] is T."""
+    padded = jnp.append(starts, starts[-1])
+    begin, end = padded[tiles], padded[tiles + 1]
+    steps = (jnp.max(end - begin) + _CHUNK - 1) // _CHUNK
+
+    def unfinished(carry: tuple) -> Bool[Array, ""]:
+        step, (transmittance, *_) = carry
+        return (step < steps) & (jnp.max(transmittance) >= TRANSMITTANCE_MIN)
+
+    def body(carry: tuple) -> tuple:
+        step, state = carry
+        return step + 1, advance(step, begin, end, state)
+
+    return lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
+
+
+def _forward(grid: _Grid, table: Array, splats: Array, starts: Array) -> Array:
+    num_features = table.shape[1] - _GEOMETRY
+    groups = by_occupancy(starts, grid.group)
+
+    def blend_group(tiles: Array) -> Array:
+        def advance(step: Array, begin: Array, end: Array, state: tuple) -> tuple:
+            chunk = _read_chunk(grid, table, splats, begin, end, tiles, step)
+            return lax.scan(_blend_one, state, (_peaks(chunk), chunk.features))[0]
+
+        def _blend_one(state: tuple, splat: tuple) -> tuple:
+            transmittance, blended = state
+            peaks, features = splat
+            alpha = _cut(peaks, grid.alpha_max)
+            remaining = transmittance * (1.0 - alpha)
+            weight = jnp.where(remaining >= TRANSMITTANCE_MIN, alpha * transmittance, 0.0)
+            return (remaining, blended + weight * features[..., None]), None
+
+        blank = jnp.zeros((num_features, tiles.shape[0], _PIXELS), table.dtype)
+        state = (_start_transmittance(grid, tiles, table.dtype), blank)
+        return _walk(grid, starts, tiles, state, advance)[1].transpose(1, 0, 2)
+
+    blended = lax.map(blend_group, groups).reshape(-1, num_features, _PIXELS)
+    tiles = jnp.zeros((grid.columns * grid.rows + 1, num_features, _PIXELS), table.dtype)
+    return grid.to_image(tiles.at[groups.reshape(-1)].set(blended))
+
+
+def _backward(
+    grid: _Grid, table: Array, splats: Array, starts: Array, image: Array, cotangent: Array
+) -> Array:
+    """Cotangent of `table`."""
+    cotangents = grid.to_tiles(cotangent)
+    remainders = grid.to_tiles(jnp.sum(image * cotangent, axis=-1, keepdims=True))[:, 0]
+
+    def add_group(gradient: Array, tiles: Array) -> tuple[Array, None]:
+        received = cotangents[tiles].transpose(1, 0, 2)  # (f g p)
+
+        def advance(step: Array, begin: Array, end: Array, state: tuple) -> tuple:
+            *state, gradient = state
+            chunk = _read_chunk(grid, table, splats, begin, end, tiles, step)
+            replay = functools.partial(_replay_one, grid.alpha_max, received)
+            state, (weights, energies) = lax.scan(
+                replay, tuple(state), (_peaks(chunk), chunk.features)
+            )
+            rows = _splat_gradients(chunk, weights, energies, received)
+            gradient = gradient.at[chunk.index.reshape(-1)].add(
+                rows.reshape(-1, rows.shape[-1]), mode="drop"
+            )
+            return (*state, gradient)
+
+        start = _start_transmittance(grid, tiles, table.dtype)
+        state = (start, remainders[tiles], gradient)
+        return _walk(grid, starts, tiles, state, advance)[2], None
+
+    groups = by_occupancy(starts, grid.group)
+    return lax.scan(add_group, jnp.zeros_like(table), groups)[0]
+
+
+def _replay_one(alpha_max: float, received: Array, state: tuple, splat: tuple) -> tuple:
+    """One splat of each tile: its weights w and e = a dL/da, both (g p)."""
+    transmittance, remainder = state
+    peaks, features = splat
+    alpha = _cut(peaks, alpha_max)
+    remaining = transmittance * (1.0 - alpha)
+    weight = jnp.where(remaining >= TRANSMITTANCE_MIN, alpha * transmittance, 0.0)
+    gain = jnp.sum(received * features[..., None], axis=0)
+    remainder = remainder - weight * gain
+    energy = alpha * (transmittance * gain - remainder / (1.0 - alpha))
+    energy = jnp.where((weight > 0.0) & (peaks <= alpha_max), energy, 0.0)
+    return (remaining, remainder), (weight, energy)
+
+
+def _splat_gradients(
+    chunk: _Chunk,
+    weights: Float[Array, "k g p"],
+    energies: Float[Array, "k g p"],
+    received: Float[Array, "f g p"],
+) -> Float[Array, "k g d"]:
+    """Rows of the table's cotangent from the weights and energies of one chunk."""
+    px, py = _pixel_offsets(weights.dtype)
+    monomials = np.stack([np.ones_like(px), px, py, px * px, px * py, py * py], axis=-1)
+    moments = energies.reshape(-1, _PIXELS) @ monomials
+    m, mx, my, mxx, mxy, myy = jnp.moveaxis(moments.reshape(*chunk.x.shape, 6), -1, 0)
+    x, y, (xx, xy, yy) = chunk.x, chunk.y, chunk.conic
+    dx, dy = mx - x * m, my - y * m  # moments of the offset from the splat's centre
+    dxx = mxx - 2.0 * x * mx + x * x * m
+    dxy = mxy - x * my - y * mx + x * y * m
+    dyy = myy - 2.0 * y * my + y * y * m
+    geometry = [
+        xx * dx + xy * dy,
+        xy * dx + yy * dy,
+        -0.5 * dxx,
+        -dxy,
+        -0.5 * dyy,
+        m / jnp.maximum(chunk.opacity, ALPHA_MIN),
+    ]
+    of_features = jnp.einsum("kgp,fgp->kgf", weights, received)
+    return jnp.concatenate([jnp.stack(geometry, axis=-1), of_features], axis=-1)
