@@ -72,7 +72,7 @@ def test_actions_go_by_full_name_or_unique_last_part():
 
 @pytest.mark.parametrize("wanted", ["Swim", "Run", None])
 def test_an_unknown_or_ambiguous_action_lists_the_names(wanted):
-    with pytest.raises(blender.RenderError, match="Other.Run, Rig.Run, Rig.Walk"):
+    with pytest.raises(blender.RenderError, match=r"Other.Run, Rig.Run, Rig.Walk"):
         blender.pick_action(["Rig|Walk", "Rig|Run", "Other|Run"], wanted)
 
 

@@ -182,7 +182,7 @@ def test_the_cache_only_saves_time(folder, cache_bytes, monkeypatch):
 def test_an_empty_or_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no clips: no subfolder has a multi_frame0"):
         pipeline.make_dataset(tmp_path, batch_size=1)
-    with pytest.raises(FileNotFoundError, match="no folder of clips '.*absent'"):
+    with pytest.raises(FileNotFoundError, match=r"no folder of clips '.*absent'"):
         pipeline.make_dataset(tmp_path / "absent", batch_size=1)
 
 
@@ -220,7 +220,7 @@ def test_frames_without_alpha_are_told_with_the_path(folder):
 def test_a_truncated_frame_is_told_with_the_path(folder):
     broken = folder / "clip_0" / "multi_frame2.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    with pytest.raises(ValueError, match="multi_frame2.png"):
+    with pytest.raises(ValueError, match=r"multi_frame2\.png"):
         take(pipeline.make_dataset(folder, batch_size=3), 1)
 
 
