@@ -7,7 +7,7 @@ one `jax.jit` serve them all. A field of your own needs the methods below and ei
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -20,6 +20,7 @@ from gaussians.types import Splats
 Timestamp: TypeAlias = float | Float[Array, ""]
 
 
+@runtime_checkable
 class Deformation(Protocol):
     """A field that carries canonical splats to a timestamp."""
 
