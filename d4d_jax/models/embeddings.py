@@ -5,7 +5,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
-from d4d_jax.models.layers import convolution, dense, zeros
+from d4d_jax.models.layers import Dense, convolution, zeros
 
 
 def sinusoidal(
@@ -29,9 +29,9 @@ class EmbeddingMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
-        x = nn.silu(dense(self.width, dtype=self.dtype, name="linear_1")(x))
+        x = nn.silu(Dense(self.width, dtype=self.dtype, name="linear_1")(x))
         options = {"kernel_init": zeros} if self.zero_init else {}
-        return dense(self.width, dtype=self.dtype, name="linear_2", **options)(x)
+        return Dense(self.width, dtype=self.dtype, name="linear_2", **options)(x)
 
 
 class MotionEmbedding(nn.Module):

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from d4d_jax.models.layers import GroupNorm, TransformerBlock, dense, fan_in_uniform, zeros
+from d4d_jax.models.layers import Dense, GroupNorm, TransformerBlock, fan_in_uniform, zeros
 from d4d_jax.registry import register
 
 
@@ -76,12 +76,12 @@ class TemporalTransformer(nn.Module):
         b, t, h, w, c = x.shape
         y = GroupNorm(1e-6, over_frames=True, groups=self.groups, dtype=self.dtype, name="norm")(x)
         y = y.reshape(b, t, h * w, c)
-        y = dense(self.heads * self.head_dim, dtype=self.dtype, name="proj_in")(y)
+        y = Dense(self.heads * self.head_dim, dtype=self.dtype, name="proj_in")(y)
         block = TransformerBlock(
             self.heads, self.head_dim, "time", "time", self.dtype, name="block"
         )
         y = block(y)
-        y = dense(c, dtype=self.dtype, kernel_init=zeros, name="proj_out")(y)
+        y = Dense(c, dtype=self.dtype, kernel_init=zeros, name="proj_out")(y)
         return x + y.reshape(x.shape)
 
 
