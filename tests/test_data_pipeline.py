@@ -137,9 +137,9 @@ def test_shards_are_disjoint_and_make_up_the_whole_stream(made):
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_static_samples_come_as_often_as_asked(made, probability):
     dataset = pipeline.make_dataset(made, batch_size=7, static_probability=probability)
-    batches = take(dataset, 40)
+    batches = take(dataset, 20)
     still = np.concatenate([batch["motion"] == 0 for batch in batches])
-    assert still.mean() == pytest.approx(probability, abs=0.08)
+    assert still.mean() == pytest.approx(probability, abs=0.1)
     for batch in batches[:5]:
         frozen = (batch["dynamic"] == batch["static"]).all((1, 2, 3, 4))
         np.testing.assert_array_equal(frozen, batch["motion"] == 0)
