@@ -170,7 +170,7 @@ class HexPlane:
         return params
 
 
-def slice_at(plane: Float[Array, "s r c"], at: Timestamp) -> Float[Array, "r c"]:
+def slice_at(plane: Float[Array, "s *r"], at: Timestamp) -> Float[Array, "*r"]:
     """Linear interpolation of a plane along its first axis at one scalar in [0, 1]."""
     nodes = plane.shape[0]
     weights = jnp.maximum(0, 1 - jnp.abs(jnp.clip(at, 0, 1) * (nodes - 1) - jnp.arange(nodes)))
