@@ -20,7 +20,7 @@ where `clear_opacity` is `lambda m: m | {"opacity_logits": zeros_like(m["opacity
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +141,7 @@ class GradientStatistics:
         return self.total / jnp.maximum(self.visits, 1)
 
 
+@runtime_checkable
 class DensityStrategy(Protocol):
     """What an optimization loop asks of density control; a frozen dataclass of thresholds."""
 
