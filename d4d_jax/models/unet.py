@@ -25,12 +25,13 @@ from d4d_jax.models.layers import (
     zeros,
 )
 from d4d_jax.models.temporal import TemporalConv
-from d4d_jax.registry import lookup
+from d4d_jax.registry import lookup, register
 from d4d_jax.typing import AnyArray
 
 IMAGE_CONCATS = ("none", "first", "all")
 
 
+@register("network", "unet")
 class SpatioTemporalUNet(nn.Module):
     """Predicts noise, velocity or the clean latents of an orbital clip.
 

@@ -22,9 +22,20 @@ class PatchPCA:
     Every patch of `factor` x `factor` pixels becomes one latent cell. `fit_patch_pca` makes the
     parameters: "mean" (p,) and "basis" (p, dim) of flattened patches (rows, columns, channels),
     basis columns orthonormal, and "scale" (dim,), what a latent of 1 stands for.
+
+    Attributes:
+      factor: side of a patch in pixels.
+      dim: latent channels.
+      whitening: how far `fit` evens out the channels' variances (see `fit_patch_pca`).
     """
 
     factor: int = 4
+    dim: int = 16
+    whitening: float = 1.0
+
+    def fit(self, images: Float[np.ndarray, "*b h w c"]) -> dict[str, Float[np.ndarray, "..."]]:
+        """Parameters fitted to images in [-1, 1]: `fit_patch_pca` with this codec's fields."""
+        return fit_patch_pca(images, self.factor, self.dim, whitening=self.whitening)
 
     def encode(
         self, params: dict[str, AnyArray], images: Float[AnyArray, "*b h w c"]
