@@ -139,13 +139,14 @@ class ClipSource:
             FileNotFoundError, ValueError: as `make_dataset`.
         """
         if isinstance(source, (str, os.PathLike)):
-            self._clips: Sequence[Path | clips.OrbitClip] = find_clips(source)
-            shapes = {str(path): _probe(path) for path in self._clips}
+            paths = find_clips(source)
+            self._clips: Sequence[Path | clips.OrbitClip] = paths
+            shapes = {str(path): _probe(path) for path in paths}
         else:
             if not source:
                 raise ValueError("The sequence of clips is empty; give at least one.")
             self._clips = list(source)
-            shapes = {f"clip {i}": _shape(clip) for i, clip in enumerate(self._clips)}
+            shapes = {f"clip {i}": _shape(clip) for i, clip in enumerate(source)}
         _check_equal(shapes, any_size=size is not None)
         self._size = size
         self._cache: dict[int, Element] = {}
