@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gaussians.rasterize.binning import TILE, bin_splats, by_occupancy, default_capacity
 from gaussians.rasterize.screen import ALPHA_MIN, TRANSMITTANCE_MIN, Composite, ScreenSplats
 
-_CHUNK = 16
+_CHUNK = 32
 _GROUP = 32
 _PIXELS = TILE * TILE
 _GEOMETRY = 6  # columns of a splat row before its features: x, y, xx, xy, yy, opacity
@@ -91,9 +91,8 @@ def composite(
         return Composite(blank, jnp.zeros((height, width), blank.dtype), jnp.zeros((), jnp.int32))
     capacity = default_capacity(n, width, height) if capacity is None else capacity
     bins = bin_splats(lax.stop_gradient(screen), width=width, height=height, capacity=capacity)
-    ones = jnp.ones((n, 1), screen.features.dtype)
     table = jnp.concatenate(
-        [screen.means2d, screen.conics, screen.opacities[:, None], screen.features, ones], axis=-1
+        [screen.means2d, screen.conics, screen.opacities[:, None], screen.features], axis=-1
     )
     blended = _blend(_Grid(width, height, alpha_max), table, bins.splats, bins.starts)
     return Composite(blended[..., :-1], blended[..., -1], bins.overflow)
@@ -102,8 +101,8 @@ def composite(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blend(
     grid: _Grid, table: Float[Array, "n d"], splats: Int[Array, "m"], starts: Int[Array, "tiles+1"]
-) -> Float[Array, "h w f"]:
-    """Image of all features (columns of `table` behind the geometry)."""
+) -> Float[Array, "h w f+1"]:
+    """Image of the features (columns of `table` behind the geometry), and alpha as the last one."""
     return _blend_forward(grid, table, splats, starts)[0]
 
 
@@ -206,13 +205,14 @@ def _walk(grid: _Grid, starts: Array, tiles: Array, state: tuple, advance) -> tu
 
 
 def _forward(grid: _Grid, table: Array, splats: Array, starts: Array) -> Array:
-    num_features = table.shape[1] - _GEOMETRY
+    channels = table.shape[1] - _GEOMETRY + 1
     groups = by_occupancy(starts, grid.group)
 
     def blend_group(tiles: Array) -> Array:
         def advance(step: Array, begin: Array, end: Array, state: tuple) -> tuple:
             chunk = _read_chunk(grid, table, splats, begin, end, tiles, step)
-            return lax.scan(_blend_one, state, (_peaks(chunk), chunk.features))[0]
+            features = jnp.pad(chunk.features, ((0, 0), (0, 1), (0, 0)), constant_values=1.0)
+            return lax.scan(_blend_one, state, (_peaks(chunk), features))[0]
 
         def _blend_one(state: tuple, splat: tuple) -> tuple:
             transmittance, blended = state
@@ -222,12 +222,12 @@ def _forward(grid: _Grid, table: Array, splats: Array, starts: Array) -> Array:
             weight = jnp.where(remaining >= TRANSMITTANCE_MIN, alpha * transmittance, 0.0)
             return (remaining, blended + weight * features[..., None]), None
 
-        blank = jnp.zeros((num_features, tiles.shape[0], _PIXELS), table.dtype)
+        blank = jnp.zeros((channels, tiles.shape[0], _PIXELS), table.dtype)
         state = (_start_transmittance(grid, tiles, table.dtype), blank)
         return _walk(grid, starts, tiles, state, advance)[1].transpose(1, 0, 2)
 
-    blended = lax.map(blend_group, groups).reshape(-1, num_features, _PIXELS)
-    tiles = jnp.zeros((grid.columns * grid.rows + 1, num_features, _PIXELS), table.dtype)
+    blended = lax.map(blend_group, groups).reshape(-1, channels, _PIXELS)
+    tiles = jnp.zeros((grid.columns * grid.rows + 1, channels, _PIXELS), table.dtype)
     return grid.to_image(tiles.at[groups.reshape(-1)].set(blended))
 
 
@@ -269,7 +269,10 @@ def _replay_one(alpha_max: float, received: Array, state: tuple, splat: tuple) -
     alpha = _cut(peaks, alpha_max)
     remaining = transmittance * (1.0 - alpha)
     weight = jnp.where(remaining >= TRANSMITTANCE_MIN, alpha * transmittance, 0.0)
-    gain = jnp.sum(received * features[..., None], axis=0)
+    # The sum is written out: a reduction inside a loop runs one element at a time on CPU.
+    gain = received[-1]
+    for channel, feature in zip(received[:-1], features, strict=True):
+        gain = gain + channel * feature[:, None]
     remainder = remainder - weight * gain
     energy = alpha * (transmittance * gain - remainder / (1.0 - alpha))
     energy = jnp.where((weight > 0.0) & (peaks <= alpha_max), energy, 0.0)
@@ -300,5 +303,5 @@ def _splat_gradients(
         -0.5 * dyy,
         m / jnp.maximum(chunk.opacity, ALPHA_MIN),
     ]
-    of_features = jnp.einsum("kgp,fgp->kgf", weights, received)
+    of_features = jnp.einsum("kgp,fgp->kgf", weights, received[:-1])
     return jnp.concatenate([jnp.stack(geometry, axis=-1), of_features], axis=-1)
