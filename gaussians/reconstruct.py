@@ -1,9 +1,9 @@
 """From an orbital clip to a moving object: coarse-to-fine fitting of deforming Gaussians.
 
-Diffusion4D, section 3.4: a coarse stage on the dynamic orbit merged with a static orbit, then a fine
-stage on the dynamic orbit. Ours has a warm-up before them (as 4DGS has), which fits the canonical
-splats to the static orbit alone, and three additions that a single orbit needs, since each instant
-is seen from one side only:
+Diffusion4D, section 3.4: a coarse stage on the dynamic orbit merged with a static orbit, then a
+fine stage on the dynamic orbit. Ours has a warm-up before them (as 4DGS has), which fits the
+canonical splats to the static orbit alone, and three additions that a single orbit needs, since
+each instant is seen from one side only:
 
 - The coarse stage opens the clip frame by frame; a newly opened frame starts from its neighbour's
   pose (`curriculum`).
@@ -42,6 +42,7 @@ from gaussians.optimization import (
     step,
 )
 from gaussians.projection import BLUR
+from gaussians.rasterize import chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,10 @@ def _default_deformation() -> dict[str, Any]:
     return {"name": "lifespan", "base": {"name": "hexplane"}, "knots": 9}
 
 
+def _default_density() -> AdaptiveDensity:
+    return AdaptiveDensity(start=1300, stop=2500, every=300, reset_every=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class ReconstructConfig:
     """All choices of a reconstruction. The defaults are for 256 x 256 clips of 24 frames.
@@ -117,9 +122,9 @@ class ReconstructConfig:
         steps=800, static_fraction=0.25, low_steps=800, curriculum=0.8, end_rate=0.5
     )
     fine: Stage = Stage(steps=3000, static_fraction=0.2, low_steps=600, end_rate=0.03)
-    density: AdaptiveDensity = AdaptiveDensity(start=100, stop=2000, every=200, reset_every=0)
-    weights: LossWeights = LossWeights()
-    rates: LearningRates = LearningRates()
+    density: AdaptiveDensity = dataclasses.field(default_factory=_default_density)
+    weights: LossWeights = dataclasses.field(default_factory=LossWeights)
+    rates: LearningRates = dataclasses.field(default_factory=LearningRates)
     static_time: float | None = None
     pairs_per_splat: float = 8.0
     implementation: str | None = None
@@ -166,8 +171,8 @@ def reconstruct(
     Front frames are never looked at. The same arguments give the same asset, bit for bit.
 
     Args:
-        clip: needs `dynamic`; `static` and the alphas may be missing. Without alphas a pixel belongs
-            to the object where it differs from the background.
+        clip: needs `dynamic`; `static` and the alphas may be missing. Without alphas a pixel
+            belongs to the object where it differs from the background.
         config: the choices.
         key: places the first splats and orders the views.
         callback: called after every step.
@@ -200,6 +205,7 @@ def reconstruct(
         "steps": fit.total,
         "splats": int(state.active.sum()),
         "static_time": static_time,
+        "implementation": chosen(config.implementation),
     }
     return Asset(
         splats=state.splats,
@@ -328,8 +334,8 @@ def view_order(
 ) -> tuple[Int[np.ndarray, "steps"], Int[np.ndarray, "steps"]]:
     """Which view every step of a stage takes, and how many frames are open by then.
 
-    Dynamic views are drawn like cards, each once before any comes twice. During the curriculum, half
-    of them are drawn from the three frames opened last and half from all open frames.
+    Dynamic views are drawn like cards, each once before any comes twice. During the curriculum,
+    half of them are drawn from the three frames opened last and half from all open frames.
 
     Returns:
         The indices into `preparation.views_of` (dynamic frames first, then static ones), and the

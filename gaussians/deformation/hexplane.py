@@ -171,7 +171,7 @@ class HexPlane:
 
 
 def slice_at(plane: Float[Array, "s *r"], at: Timestamp) -> Float[Array, "*r"]:
-    """Linear interpolation of a plane along its first axis at one scalar in [0, 1]."""
+    """Linear interpolation of an array along its first axis at one scalar in [0, 1]."""
     nodes = plane.shape[0]
     weights = jnp.maximum(0, 1 - jnp.abs(jnp.clip(at, 0, 1) * (nodes - 1) - jnp.arange(nodes)))
     return jnp.tensordot(weights, plane, axes=1)

@@ -7,6 +7,7 @@ poses both can be half visible. `regularization` keeps the curves near their pri
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ class Lifespan:
     def __post_init__(self):
         if self.knots < 2:
             raise ValueError(f"A lifespan needs at least 2 knots; got {self.knots}.")
-        if isinstance(self.base, dict):
+        if isinstance(self.base, Mapping):
             object.__setattr__(self, "base", build(self.base))
 
     @property

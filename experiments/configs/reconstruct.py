@@ -1,0 +1,117 @@
+"""Reconstruction of a 4D asset: the fields of `gaussians.reconstruct.ReconstructConfig`.
+
+`reconstruct.py` is for 256 x 256 clips and takes under ten minutes on two CPU cores;
+`reconstruct.py:fast` is for 64 x 64 clips, about a minute and a half; `reconstruct.py:smoke` takes
+seconds and proves only that everything runs.
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the configuration; `arg` is "", "fast" or "smoke".
+
+    Raises ValueError for another `arg`.
+    """
+    variants = {"": lambda config: None, "fast": _fast, "smoke": _smoke}
+    if arg not in variants:
+        raise ValueError(f"reconstruct.py takes no argument, 'fast' or 'smoke', not {arg!r}.")
+    config = _default()
+    variants[arg](config)
+    return config
+
+
+def _default() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.size = 0  # pixels a side to resize the clip to; 0 keeps the size of its files
+    config.num_splats = 8000
+    config.window_splats = 3000
+    config.num_windows = 4
+    config.capacity = 12000
+    config.sh_degree = 0
+    config.static_time = ml_collections.config_dict.placeholder(float)  # None: found by comparison
+    config.pairs_per_splat = 8.0
+    config.implementation = ml_collections.config_dict.placeholder(str)  # None: the fastest here
+    hexplane = dict(
+        name="hexplane",
+        bound=0.75,
+        spatial_resolution=32,
+        time_resolution=24,
+        multires=(1, 2),
+        channels=16,
+        width=64,
+        depth=2,
+        opacity=False,
+    )
+    config.deformation = dict(name="lifespan", base=hexplane, knots=9)
+    config.warmup = _stage(steps=400, static_fraction=1.0, low_steps=250)
+    config.coarse = _stage(
+        steps=800, static_fraction=0.25, low_steps=800, curriculum=0.8, end_rate=0.5
+    )
+    config.fine = _stage(steps=3000, static_fraction=0.2, low_steps=600, end_rate=0.03)
+    config.density = dict(
+        start=100,
+        stop=2000,
+        every=200,
+        gradient_threshold=2e-4,
+        extent=2.2,
+        clone_scale=0.01,
+        opacity_threshold=0.005,
+        reset_every=0,
+    )
+    config.weights = dict(
+        l1=0.8,
+        dssim=0.2,
+        alpha=0.3,
+        depth=0.0,
+        plane_tv=1e-4,
+        time_smoothness=1e-2,
+        time_l1=1e-4,
+        lifespan=1e-3,
+    )
+    config.rates = dict(
+        means=5e-4,
+        log_scales=5e-3,
+        quaternions=2e-3,
+        opacity_logits=3e-2,
+        sh=1e-2,
+        planes=3e-3,
+        network=1e-3,
+        curves=3e-2,
+    )
+    return config
+
+
+def _stage(**fields) -> dict:
+    defaults = dict(
+        steps=0,
+        static_fraction=0.0,
+        low_steps=0,
+        low_scale=0.5,
+        start_rate=1.0,
+        end_rate=0.1,
+        curriculum=0.0,
+    )
+    return defaults | fields
+
+
+def _fast(config: ml_collections.ConfigDict) -> None:
+    config.num_splats = 3000
+    config.window_splats = 1000
+    config.capacity = 4500
+    config.warmup.update(steps=200, low_steps=0)
+    config.coarse.update(steps=400, low_steps=0)
+    config.fine.update(steps=1000, low_steps=0)
+
+
+def _smoke(config: ml_collections.ConfigDict) -> None:
+    config.num_splats = 150
+    config.window_splats = 50
+    config.capacity = 250
+    config.deformation.base.update(
+        spatial_resolution=8, time_resolution=4, multires=(1,), channels=4, width=8
+    )
+    config.density.update(start=2, every=5)
+    for stage in ("warmup", "coarse", "fine"):
+        config[stage].update(steps=6, low_steps=0)

@@ -1,0 +1,201 @@
+"""Turns a clip into a moving 3D asset.
+
+    python -m experiments.reconstruct --clip=DIR --workdir=OUT
+
+fits deforming Gaussians to the dynamic and the static orbit in DIR (the published folder layout)
+and writes into OUT: `asset.npz` (everything, for `gaussians.io.load_asset`), `point_cloud.ply` (the
+splats at t = 0), `orbit.mp4` (along the orbit while time runs), `novel.mp4` (from the side),
+`comparison.png` (frames above their renders) and `report.json`. Front frames in DIR are never
+trained on: they are held out to judge the motion by.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags, logging
+
+from d4d_jax import media, metrics
+from d4d_jax.cameras import Camera
+from d4d_jax.clips import OrbitClip, read_clip
+from experiments import cli
+from gaussians import io
+from gaussians.asset import Asset
+from gaussians.reconstruct import Progress, ReconstructConfig, reconstruct
+
+_VIEWS = ("dynamic", "static", "front")
+_COLUMNS = 8
+
+
+def main() -> None:
+    """Reconstructs the clip of the command line."""
+    config = flags.FLAGS.config
+    workdir = prepare_workdir(flags.FLAGS.workdir, overwrite=flags.FLAGS.overwrite)
+    size = (config.size, config.size) if config.size else None
+    clip = read_clip(flags.FLAGS.clip, size=size)
+    cli.log_devices()
+    with cli.profile(workdir):
+        asset = reconstruct(
+            clip, to_config(config), jax.random.key(config.seed), callback=ProgressLine()
+        )
+    report = write_results(asset, clip, workdir)
+    logging.info("Wrote %s: %s", workdir, json.dumps(report))
+
+
+def prepare_workdir(path: str, *, overwrite: bool) -> Path:
+    """The folder for results, made if needed.
+
+    Raises:
+        FileExistsError: it holds a finished run and `overwrite` is not set.
+    """
+    workdir = Path(path)
+    if (workdir / "report.json").exists() and not overwrite:
+        raise FileExistsError(
+            f"{path} already holds a finished run; choose another --workdir or add --overwrite."
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "report.json").unlink(missing_ok=True)
+    return workdir
+
+
+def to_config(config: ml_collections.ConfigDict) -> ReconstructConfig:
+    """The library's configuration from `experiments/configs/reconstruct.py` or a part of it.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    return _to_dataclass(ReconstructConfig, config.to_dict())
+
+
+def write_results(asset: Asset, clip: OrbitClip, workdir: Path) -> dict[str, Any]:
+    """Writes all files of a reconstruction but those of the clip; the report comes last.
+
+    Returns:
+        The report. `psnr` (dB) and `ssim` are means over the frames of a view set, None for a set
+        that the clip lacks. `alpha_iou` compares silhouettes, where the clip has alpha.
+        `front_hold_still` is the PSNR of the first static frame against all front frames: what an
+        asset without motion could reach at best. `seconds` is the time of the fit.
+    """
+    renders = {view: _render_view(asset, clip, view) for view in _VIEWS}
+    io.save_asset(workdir / "asset.npz", asset)
+    io.write_ply(workdir / "point_cloud.ply", asset.at(0.0))
+    media.write_video(workdir / "orbit.mp4", renders["dynamic"][0])
+    side = _repeated(clip.camera, (clip.num_frames - 1) // 4, clip.num_frames)
+    media.write_video(workdir / "novel.mp4", asset.render_video(side, clip.timestamps))
+    present = [view for view in _VIEWS if getattr(clip, view) is not None]
+    rows = [frames for view in present for frames in (getattr(clip, view), renders[view][0])]
+    media.write_image(workdir / "comparison.png", media.contact_sheet(rows, _COLUMNS))
+    report = {
+        "psnr": _scores(clip, renders, lambda c, v, r: metrics.psnr(r[0], getattr(c, v))),
+        "ssim": _scores(clip, renders, lambda c, v, r: metrics.ssim(r[0], getattr(c, v))),
+        "alpha_iou": _scores(clip, renders, _alpha_iou),
+        "front_hold_still": _hold_still(clip),
+        "seconds": round(asset.meta["seconds"], 1),
+        "splats": asset.meta["splats"],
+        "steps": asset.meta["steps"],
+        "implementation": asset.meta["implementation"],
+    }
+    (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+class ProgressLine:
+    """Shows progress: on a terminal one line that is rewritten, elsewhere a log line now and then.
+
+    The loss and PSNR shown are means over the last views, since single views differ a lot.
+    """
+
+    def __init__(self, interval: float = 20.0, window: int = 48):
+        self._terminal = sys.stderr.isatty()
+        self._interval = 0.5 if self._terminal else interval
+        self._window = window
+        self._shown = -math.inf
+        self._recent: list[tuple[float, float]] = []
+
+    def __call__(self, progress: Progress) -> None:
+        """Takes note of a step; shows it when the last showing is long enough ago."""
+        self._recent = [*self._recent, (progress.loss, progress.psnr)][-self._window :]
+        last = progress.step == progress.total
+        if time.monotonic() - self._shown < self._interval and not last:
+            return
+        self._shown = time.monotonic()
+        loss, psnr = np.mean(self._recent, axis=0)
+        text = (
+            f"{progress.stage} {progress.step}/{progress.total}  loss {loss:.4f}"
+            f"  PSNR {psnr:.1f} dB  {progress.splats} splats  ETA {progress.eta:.0f} s"
+        )
+        if self._terminal:
+            print(f"\r{text}\x1b[K", end="\n" if last else "", file=sys.stderr, flush=True)
+        else:
+            logging.info("%s", text)
+
+
+def _to_dataclass(kind: type, values: Mapping[str, Any]) -> Any:
+    """Builds a frozen dataclass from a nested dict; keys that it lacks are left to the caller."""
+    arguments = {}
+    for name, wanted in typing.get_type_hints(kind).items():
+        if name in values:
+            nested = dataclasses.is_dataclass(wanted)
+            arguments[name] = _to_dataclass(wanted, values[name]) if nested else values[name]
+    return kind(**arguments)
+
+
+def _render_view(
+    asset: Asset, clip: OrbitClip, view: str
+) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+    """Colour (t, h, w, 3) and alpha (t, h, w) as a view set shows them; None if it is absent."""
+    if getattr(clip, view) is None:
+        return None, None
+    camera, times = clip.camera, np.asarray(clip.timestamps)
+    if view == "front":
+        camera = _repeated(camera, 0, clip.num_frames)
+    if view == "static":
+        times = np.full(clip.num_frames, asset.meta["static_time"])
+    renders = [asset.render(camera[i], float(times[i])) for i in range(clip.num_frames)]
+    rgb = np.stack([np.asarray(render.rgb) for render in renders])
+    return np.clip(rgb, 0, 1), np.stack([np.asarray(render.alpha) for render in renders])
+
+
+def _repeated(camera: Camera, index: int, times: int) -> Camera:
+    one = jax.tree.map(np.asarray, camera[index])
+    return jax.tree.map(lambda leaf: np.repeat(leaf[None], times, axis=0), one)
+
+
+def _scores(
+    clip: OrbitClip, renders: Mapping[str, Any], score: Callable[..., Any]
+) -> dict[str, float | None]:
+    scores: dict[str, float | None] = {}
+    for view in _VIEWS:
+        values = None if getattr(clip, view) is None else score(clip, view, renders[view])
+        scores[view] = None if values is None else round(float(jnp.mean(values)), 4)
+    return scores
+
+
+def _alpha_iou(clip: OrbitClip, view: str, render: tuple[np.ndarray, np.ndarray]) -> Any:
+    truth = getattr(clip, f"{view}_alpha")
+    return None if truth is None else metrics.alpha_iou(render[1], truth)
+
+
+def _hold_still(clip: OrbitClip) -> float | None:
+    if clip.front is None or clip.static is None:
+        return None
+    still = np.broadcast_to(np.asarray(clip.static)[:1], np.shape(clip.front))
+    return round(float(jnp.mean(metrics.psnr(still, clip.front))), 4)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("clip", None, "Folder of the clip, in the published layout.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
+    flags.DEFINE_bool("overwrite", False, "Replace the results of a finished run.")
+    cli.define_config("reconstruct.py")
+    cli.run(main)

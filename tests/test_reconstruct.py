@@ -1,0 +1,228 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d4d_jax import metrics
+from d4d_jax.data import synthetic
+from gaussians import preparation
+from gaussians.deformation.lifespan import Lifespan
+from gaussians.densify import AdaptiveDensity
+from gaussians.optimization import StepSettings, create_state, step
+from gaussians.reconstruct import LearningRates, LossWeights, ReconstructConfig, Stage
+from gaussians.reconstruct import reconstruct as run
+from gaussians.reconstruct import view_order
+
+FRAMES = 8
+FIELD = {
+    "name": "lifespan",
+    "knots": 5,
+    "base": {
+        "name": "hexplane",
+        "spatial_resolution": 8,
+        "time_resolution": FRAMES,
+        "channels": 4,
+        "width": 16,
+    },
+}
+CONFIG = ReconstructConfig(
+    num_splats=200,
+    window_splats=60,
+    capacity=300,
+    num_windows=2,
+    deformation=FIELD,
+    warmup=Stage(30, static_fraction=1.0),
+    coarse=Stage(40, static_fraction=0.25, curriculum=0.5, end_rate=0.5),
+    fine=Stage(60, static_fraction=0.25),
+    density=AdaptiveDensity(start=70, stop=100, every=20, reset_every=0),
+)
+SHORT = dataclasses.replace(
+    CONFIG, warmup=Stage(2, static_fraction=1.0), coarse=Stage(2), fine=Stage(2)
+)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return synthetic.make_clip(0, num_frames=FRAMES, size=32)
+
+
+@pytest.fixture(scope="module")
+def asset(clip):
+    return run(clip, CONFIG, jax.random.key(0))
+
+
+def dynamic_psnr(asset, clip):
+    video = asset.render_video(clip.camera, clip.timestamps)
+    return float(jnp.mean(metrics.psnr(video, clip.dynamic)))
+
+
+def assert_same(one, other):
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def leaves(asset):
+    return jax.tree.leaves((asset.splats, asset.params))
+
+
+def test_a_moving_asset_beats_a_static_one_clearly(asset, clip):
+    still = dataclasses.replace(CONFIG, deformation={"name": "identity"})
+    assert dynamic_psnr(asset, clip) > dynamic_psnr(run(clip, still, jax.random.key(0)), clip) + 2
+
+
+def test_the_canonical_pose_is_the_static_orbit(asset, clip):
+    times = np.full(FRAMES, asset.meta["static_time"])
+    video = asset.render_video(clip.camera, times)
+    assert float(jnp.mean(metrics.psnr(video, clip.static))) > 24
+
+
+def test_front_frames_play_no_part_and_the_seed_decides(asset, clip):
+    rng = np.random.default_rng(0)
+    noise = rng.random(np.shape(clip.front)).astype(np.float32)
+    changed = dataclasses.replace(clip, front=noise, front_alpha=None)
+    assert_same(run(changed, CONFIG, jax.random.key(0)), asset)
+    other = run(clip, SHORT, jax.random.key(1))
+    assert not np.array_equal(other.splats.means, run(clip, SHORT, jax.random.key(0)).splats.means)
+
+
+def test_callback_sees_every_step_and_splats_grow_within_the_capacity(clip):
+    seen = []
+    config = dataclasses.replace(
+        SHORT,
+        fine=Stage(4),
+        density=AdaptiveDensity(
+            start=4, stop=100, every=2, gradient_threshold=1e-7, reset_every=0, opacity_threshold=0
+        ),
+    )
+    asset = run(clip, config, jax.random.key(0), seen.append)
+    assert [progress.step for progress in seen] == list(range(1, 9))
+    assert [p.stage for p in seen] == ["warmup"] * 2 + ["coarse"] * 2 + ["fine"] * 4
+    assert seen[-1].total == 8 and seen[-1].eta == 0
+    assert seen[0].splats == 200 and seen[-1].splats == 300 == asset.meta["splats"]
+    assert all(np.isfinite([p.loss, p.psnr, p.eta]).all() for p in seen)
+
+
+def test_too_small_a_pair_list_is_enlarged_without_a_trace_in_the_result(clip):
+    tight = dataclasses.replace(SHORT, num_splats=290, window_splats=0, pairs_per_splat=0.1)
+    roomy = dataclasses.replace(tight, pairs_per_splat=60.0)
+    assert_same(run(clip, tight, jax.random.key(0)), run(clip, roomy, jax.random.key(0)))
+
+
+def make_state(clip, pairs):
+    views = preparation.views_of(clip, 0.0)
+    splats = preparation.first_splats(clip, 100, 100, 0, jax.random.key(0))
+    settings = StepSettings(
+        None, LossWeights(), LearningRates(), background=clip.background, pairs=pairs
+    )
+    return create_state(splats, {}, LearningRates()), views, settings
+
+
+def test_a_step_that_overflows_changes_nothing_and_says_so(clip):
+    state, views, settings = make_state(clip, pairs=16)
+    before = jax.tree.map(np.array, state)
+    after, report = step(state, views, jnp.asarray(0), jnp.asarray(1.0), settings=settings)
+    assert int(report.overflow) > 0
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, after))
+
+
+def test_a_rate_of_zero_moves_nothing_and_one_moves_at_the_group_rates(clip):
+    state, views, settings = make_state(clip, pairs=4096)
+    before = jax.tree.map(np.array, state.params["splats"])
+    state, _ = step(state, views, jnp.asarray(0), jnp.asarray(0.0), settings=settings)
+    jax.tree.map(np.testing.assert_array_equal, before, dict(state.params["splats"]))
+    state, _ = make_state(clip, pairs=4096)[0], None
+    state, _ = step(state, views, jnp.asarray(0), jnp.asarray(1.0), settings=settings)
+    for name, value in state.params["splats"].items():
+        largest = np.abs(np.asarray(value) - before[name]).max()
+        assert largest == pytest.approx(getattr(settings.rates, name), rel=1e-2)  # Adam's first
+
+
+def test_frames_that_are_not_finite_stop_the_run_with_the_step(clip):
+    broken = dataclasses.replace(clip, dynamic=np.full_like(clip.dynamic, np.nan))
+    with pytest.raises(FloatingPointError, match="became nan at step 0 of the coarse stage"):
+        run(broken, SHORT, jax.random.key(0))
+
+
+def test_a_clip_without_static_orbit_or_alpha_works(clip):
+    bare = dataclasses.replace(
+        clip, static=None, static_alpha=None, dynamic_alpha=None, front=None, front_alpha=None
+    )
+    seen = []
+    asset = run(bare, SHORT, jax.random.key(0), seen.append)
+    assert {progress.stage for progress in seen} == {"coarse", "fine"}
+    assert asset.at(0.5).means.shape == (300, 3)
+    with pytest.raises(ValueError, match="no dynamic orbit"):
+        run(dataclasses.replace(clip, dynamic=None), SHORT, jax.random.key(0))
+
+
+def test_an_asset_draws_any_view_at_any_time(asset, clip):
+    render = asset.render(clip.camera[3].resized(20, 24), 0.4, background=(0.0, 0.0, 0.0))
+    assert render.rgb.shape == (24, 20, 3) and render.alpha.shape == (24, 20)
+    assert float(render.rgb[0, 0].max()) == 0
+    with pytest.raises(ValueError, match=r"lie in \[0, 1\]; got 1.5"):
+        asset.at(1.5)
+
+
+def test_static_time_is_found_by_comparison(clip):
+    assert preparation.find_static_time(clip) == 0
+    elsewhere = np.roll(clip.static[0], 3, axis=1)
+    late = dataclasses.replace(clip, static=np.stack([elsewhere, *clip.dynamic[1:]]))
+    assert preparation.find_static_time(late) == pytest.approx(1 / (FRAMES - 1))
+    assert preparation.find_static_time(dataclasses.replace(clip, static=None)) == 0
+
+
+def test_windows_far_from_the_static_pose_get_splats_of_their_own(clip):
+    windows = preparation.pose_windows(clip, 2)
+    assert [w[:2] for w in windows] == [(0, 3), (4, 7)]
+    shifted = np.roll(clip.dynamic_alpha[4:], 12, axis=2)
+    moved = dataclasses.replace(
+        clip,
+        dynamic=np.concatenate([clip.static[:4], np.roll(clip.dynamic[4:], 12, axis=2)]),
+        dynamic_alpha=np.concatenate([clip.static_alpha[:4], shifted]),
+    )
+    windows = preparation.pose_windows(moved, 2)
+    assert windows[0][2] == 0 and windows[1][2] > 0.5
+    splats = preparation.first_splats(clip, 50, 80, 0, jax.random.key(0))
+    field = Lifespan(FIELD["base"], knots=5)
+    params = field.init(jax.random.key(1), splats)
+    grown, params = preparation.add_window_splats(
+        clip, splats, field, params, budget=20, num_windows=2, key=jax.random.key(2),
+        min_mismatch=0.0,
+    )  # fmt: skip
+    new = np.asarray(grown.active & ~splats.active)
+    assert 15 <= new.sum() <= 20
+    curves = np.asarray(params["curves"])
+    assert not curves[:, ~new].any() and (curves[:, new].min(axis=0) < -5).all()
+
+
+def test_views_are_drawn_as_the_stage_says():
+    stage = Stage(400, static_fraction=0.25, curriculum=0.5)
+    order, opened = view_order(jax.random.key(0), stage, 12, has_static=True)
+    dynamic = order < 12
+    assert np.all(order[dynamic] <= opened[dynamic]) and np.all(np.diff(opened) >= 0)
+    assert opened[0] == 1 and opened[199] == 10 and np.all(opened[200:] == 11)
+    assert 0.17 < np.mean(~dynamic) < 0.33 and order.max() < 24
+    alone, _ = view_order(jax.random.key(0), stage, 12, has_static=False)
+    assert alone.max() < 12
+    counts = np.bincount(view_order(jax.random.key(0), Stage(120), 12, has_static=True)[0])
+    assert np.all(counts == 10)  # every view as often as any other
+
+
+def test_views_hold_dynamic_then_static_frames_at_the_static_time(clip):
+    views = preparation.views_of(clip, 0.25, scale=0.5)
+    assert views.rgb.shape == (2 * FRAMES, 16, 16, 3) and views.alpha.shape == (16, 16, 16)
+    np.testing.assert_allclose(views.timestamps[FRAMES:], 0.25)
+    np.testing.assert_allclose(
+        views.rgb[3], clip.dynamic[3].reshape(16, 2, 16, 2, 3).mean((1, 3)), atol=1e-5
+    )
+
+
+def test_bad_settings_are_explained():
+    with pytest.raises(ValueError, match="capacity of 100 cannot hold num_splats=90"):
+        ReconstructConfig(num_splats=90, window_splats=20, capacity=100)
+    with pytest.raises(ValueError, match=r"static_fraction must lie in \[0, 1\]; got 1.5"):
+        Stage(10, static_fraction=1.5)
+    with pytest.raises(ValueError, match="cannot be negative"):
+        Stage(-1)
