@@ -58,11 +58,16 @@ class Conditioning:
 
     @staticmethod
     def concatenate(parts: Sequence["Conditioning"]) -> "Conditioning":
-        """Joins batches; a mask that only some parts have counts as False in the others.
+        """Joins batches. A mask or a motion magnitude that only some parts have may be absent in
+        the others: nothing is dropped there, and the motion is, respectively.
 
         Raises:
-          ValueError: a condition is given in some parts and absent in others.
+          ValueError: another condition is given in some parts and absent in others.
         """
+        if any(part.motion is not None for part in parts):
+            parts = [
+                part if part.motion is not None else part._with_null_motion() for part in parts
+            ]
         fields = {}
         for field in dataclasses.fields(Conditioning):
             values = [getattr(part, field.name) for part in parts]
@@ -76,3 +81,7 @@ class Conditioning:
                 raise ValueError(f"Only some of the conditionings to join have {field.name!r}.")
             fields[field.name] = jnp.concatenate(values)
         return Conditioning(**fields)
+
+    def _with_null_motion(self) -> "Conditioning":
+        b = self.batch_size
+        return dataclasses.replace(self, motion=jnp.zeros((b,)), drop_motion=jnp.ones((b,), bool))
