@@ -1,4 +1,4 @@
-"""Packaging of the two libraries; the experiment binaries run from a checkout and are not installed."""
+"""Packaging of the two libraries; the experiment binaries run from a checkout."""
 
 from setuptools import find_packages, setup
 
@@ -10,12 +10,13 @@ TEST = [
     "jaxtyping>=0.3",
     "beartype>=0.20",
 ]
+PARITY = ["torch==2.13.0", "diffusers>=0.35"]
 DEV = ["ruff>=0.9", "pyright>=1.1.400", "pre-commit>=4"]
 
 setup(
     name="d4d_jax",
     version="0.1.0",
-    description="4D generation by Diffusion4D in JAX: orbital video diffusion and moving 3D Gaussians.",
+    description="4D generation by Diffusion4D in JAX: orbital video to moving 3D Gaussians.",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -36,7 +37,7 @@ setup(
         "pillow>=10",
         "imageio[ffmpeg]>=2.34",
     ],
-    extras_require={"test": TEST, "dev": TEST + DEV},
+    extras_require={"test": TEST, "dev": TEST + DEV, "parity": TEST + PARITY},
     classifiers=[
         "Programming Language :: Python :: 3",
         "License :: OSI Approved :: Apache Software License",

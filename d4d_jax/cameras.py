@@ -8,11 +8,12 @@ Angles are radians.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from d4d_jax import pytree
@@ -113,10 +114,10 @@ def intrinsics_from_fov(fov: float, width: int, height: int) -> Float[np.ndarray
 
 def look_at(
     eye: Float[AnyArray, "*b 3"],
-    target: Float[AnyArray, "*b 3"] = np.zeros(3),
-    up: Float[AnyArray, "3"] = np.array([0.0, 0.0, 1.0]),
+    target: ArrayLike | Sequence[float] = (0.0, 0.0, 0.0),
+    up: ArrayLike | Sequence[float] = (0.0, 0.0, 1.0),
 ) -> Float[np.ndarray, "*b 4 4"]:
-    """World-to-camera matrices (OpenCV axes) of cameras at `eye` that look at `target`.
+    """World-to-camera matrices (OpenCV axes) of cameras at `eye` that look at `target` (*b, 3).
 
     Raises:
         ValueError: the viewing direction is parallel to `up`, or has no length.
@@ -125,7 +126,7 @@ def look_at(
     forward = target - eye
     right = np.cross(forward, up)
     if np.any(np.linalg.norm(right, axis=-1) < 1e-8):
-        raise ValueError(f"A camera at {eye.tolist()} cannot look along the up axis {list(up)}.")
+        raise ValueError(f"A camera at {eye.tolist()} cannot look along the up axis {up}.")
     forward = forward / np.linalg.norm(forward, axis=-1, keepdims=True)
     right = right / np.linalg.norm(right, axis=-1, keepdims=True)
     pose = np.zeros((*eye.shape[:-1], 4, 4))
@@ -166,9 +167,7 @@ def orbit(
     if num_views < 2:
         raise ValueError(f"An orbit needs at least 2 views; got {num_views}.")
     if abs(elevation) >= math.pi / 2:
-        raise ValueError(
-            f"The elevation must lie between -pi/2 and pi/2 radians; got {elevation}."
-        )
+        raise ValueError(f"The elevation must lie between -pi/2 and pi/2 radians; got {elevation}.")
     angle = azimuth + 2 * np.pi * np.arange(num_views) / (num_views - 1)
     level, height_above = math.cos(elevation), math.sin(elevation)
     eye = distance * np.stack(

@@ -119,14 +119,12 @@ def read_clip(
     views = {view: rgba for view, rgba in views.items() if rgba is not None}
     if not views:
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no clip: it has neither multi_frame0.png, multi_static_frame0.png"
-            " nor front_frame0.png."
+            f"{str(folder)!r} holds no clip: it has neither multi_frame0.png,"
+            " multi_static_frame0.png nor front_frame0.png."
         )
     shapes = {view: rgba.shape[:3] for view, rgba in views.items()}
     if len(set(shapes.values())) > 1:
-        found = ", ".join(
-            f"{n} {view} frames of {w} x {h}" for view, (n, h, w) in shapes.items()
-        )
+        found = ", ".join(f"{n} {view} frames of {w} x {h}" for view, (n, h, w) in shapes.items())
         raise ValueError(
             f"All view sets of a clip need the same length and size; {str(folder)!r} has {found}."
         )

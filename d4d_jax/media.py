@@ -54,9 +54,7 @@ def write_video(
     _prepare(path)
     if suffix == ".gif":
         images = [Image.fromarray(frame) for frame in frames]
-        images[0].save(
-            path, save_all=True, append_images=images[1:], duration=1000 // fps, loop=0
-        )
+        images[0].save(path, save_all=True, append_images=images[1:], duration=1000 // fps, loop=0)
         return
     import imageio.v3 as iio  # Imported here: it starts slowly and most users of media need no mp4.
 

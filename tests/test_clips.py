@@ -42,9 +42,7 @@ def test_round_trip(clip, folder):
             getattr(again, f"{view}_alpha"), getattr(clip, f"{view}_alpha"), atol=0.51 / 255
         )
     assert again.caption == clip.caption
-    np.testing.assert_allclose(
-        again.camera.world_to_camera, clip.camera.world_to_camera, atol=1e-6
-    )
+    np.testing.assert_allclose(again.camera.world_to_camera, clip.camera.world_to_camera, atol=1e-6)
     np.testing.assert_array_equal(again.timestamps, np.linspace(0, 1, 4, dtype=np.float32))
     expected = 100 * 4 * np.mean((clip.dynamic - clip.static) ** 2)
     assert again.motion == pytest.approx(expected, rel=0.02)

@@ -1,0 +1,211 @@
+"""Prompt image -> orbital video of a moving object: the object people call.
+
+    pipeline = OrbitPipeline.load()                       # the embedded tiny model
+    clip = pipeline(clips.read_image("rabbit.png"), motion=8.0)
+    clip.dynamic                                          # (24, 64, 64, 3) in [0, 1]
+
+One call samples two orbits of the prompt from the same noise: the dynamic one at the requested
+motion magnitude, and the static one at magnitude 0, which the coarse stage of the reconstruction
+needs (Diffusion4D, section 3.4).
+"""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from PIL import Image
+
+from d4d_jax import cameras, clips, guidance, registry, sampling
+from d4d_jax.clips import OrbitClip
+from d4d_jax.models import bundle, unet, vae
+from d4d_jax.models.conditioning import Conditioning
+from d4d_jax.schedules import NoiseSchedule
+from d4d_jax.typing import AnyArray, Codec, PyTree
+
+#: The model that is shipped with the package; see assets/README.md for how it was trained.
+EMBEDDED = Path(__file__).parent / "assets" / "tiny.npz"
+
+#: Modules whose import registers the names that a model file refers to.
+_PROVIDERS = (unet, vae)
+
+
+@dataclasses.dataclass(frozen=True)
+class OrbitPipeline:
+    """A trained network with everything that sampling from it needs.
+
+    Attributes:
+        network: Linen module, called as `network.apply({"params": params}, x_t, t, conditioning)`.
+        params: its parameters.
+        codec: maps images to latents and back.
+        codec_params: its parameters.
+        schedule: the noise schedule the network was trained with.
+        num_frames: frames of a clip.
+        size: height and width of a frame in pixels.
+        spacing: of the DDIM timesteps; a schedule with zero terminal SNR wants "trailing".
+        static_params: parameters of the frozen 3D-aware network of Eq. 3; None takes the network
+            itself at motion magnitude 0.
+    """
+
+    network: Any
+    params: PyTree
+    codec: Codec
+    codec_params: PyTree
+    schedule: NoiseSchedule
+    num_frames: int = 24
+    size: int = 64
+    spacing: str = "leading"
+    static_params: PyTree = None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike = EMBEDDED) -> "OrbitPipeline":
+        """Reads a model file written by `d4d_jax.models.bundle`; by default the embedded model.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or no model file.
+        """
+        params, codec_params, config = bundle.load_bundle(path)
+        size = config["data"]["size"]
+        codec = registry.build("codec", config["codec"])
+        schedule = registry.build("schedule", config["schedule"])
+        image = jax.ShapeDtypeStruct((size, size, 4), jnp.float32)
+        channels = jax.eval_shape(codec.encode, codec_params, image).shape[-1]
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config["network"].items()}
+        fields |= {"in_channels": channels, "out_channels": channels}
+        return cls(
+            network=registry.build("network", fields),
+            params=params,
+            codec=codec,
+            codec_params=codec_params,
+            schedule=schedule,
+            num_frames=config["data"].get("num_frames", 24),
+            size=size,
+            spacing="trailing" if schedule.alphas_cumprod[-1] == 0 else "leading",
+        )
+
+    def __call__(
+        self,
+        image: Float[AnyArray, "h w c"],
+        *,
+        motion: float = 6.0,
+        w1: float = 7.0,
+        w2: float = 0.5,
+        num_steps: int = 50,
+        seed: int = 0,
+        caption: str = "",
+    ) -> OrbitClip:
+        """Samples the dynamic and the static orbit of the object in `image`.
+
+        Args:
+            image: (h, w, 3 or 4) in [0, 1], of any size: the object seen from the front. Without
+                alpha it should stand on white.
+            motion: motion magnitude m of Eq. 1; 0 holds still.
+            w1: weight of classifier-free guidance (Eq. 3).
+            w2: weight of the step away from the static 3D-aware prediction (Eq. 3).
+            num_steps: DDIM steps.
+            seed: of the noise; the same seed gives the same clip on the same platform.
+            caption: passed on to the clip.
+
+        Raises:
+            ValueError: the image has another number of channels, the motion is negative, or
+                `num_steps` is not between 1 and the length of the schedule.
+        """
+        if motion < 0:
+            raise ValueError(f"The motion magnitude must be 0 or more; got {motion}.")
+        orbit = cameras.orbit(self.num_frames, width=self.size, height=self.size)
+        frames = _sample(
+            self.network,
+            self.codec,
+            (num_steps, self.spacing),
+            self.params,
+            self.static_params,
+            self.codec_params,
+            self.schedule,
+            jnp.asarray(prepare_image(image, self.size)),
+            jnp.asarray(orbit.opengl_camera_to_world),
+            jnp.asarray([motion, 0.0]),
+            jnp.asarray([w1, w2]),
+            jax.random.key(seed),
+        )
+        dynamic, static = np.asarray(frames)
+        fields: dict[str, Any] = {"dynamic": dynamic[..., :3], "static": static[..., :3]}
+        if frames.shape[-1] == 4:
+            fields |= {"dynamic_alpha": dynamic[..., 3], "static_alpha": static[..., 3]}
+        return clips.standard_clip(
+            self.num_frames, self.size, self.size, motion=motion, caption=caption, **fields
+        )
+
+
+def prepare_image(image: Float[AnyArray, "h w c"], size: int) -> Float[np.ndarray, "s s 4"]:
+    """A prompt as the networks see it: square, on white, colour and alpha in [-1, 1].
+
+    Args:
+        image: (h, w, 3 or 4) in [0, 1]. It is padded with white to a square, then resized. Without
+            alpha, pixels that differ from white count as the object.
+        size: height and width of the result.
+
+    Raises:
+        ValueError: the image has neither 3 nor 4 channels.
+    """
+    image = np.asarray(image, np.float32)
+    if image.shape[-1] not in (3, 4):
+        raise ValueError(
+            f"A prompt image has 3 channels (RGB) or 4 (RGBA); this one has {image.shape[-1]}."
+        )
+    if image.shape[-1] == 4:
+        alpha = image[..., 3:]
+        color = image[..., :3] * alpha + 1 - alpha
+    else:
+        color = image
+        alpha = (image.min(axis=-1, keepdims=True) < 0.98).astype(np.float32)
+    rgba = np.concatenate([color, alpha], axis=-1)
+    height, width = rgba.shape[:2]
+    side = max(height, width)
+    square = np.broadcast_to(np.float32([1, 1, 1, 0]), (side, side, 4)).copy()
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = rgba
+    method = Image.Resampling.BOX if side >= size else Image.Resampling.BILINEAR
+    channels = [
+        np.asarray(Image.fromarray(square[..., c]).resize((size, size), method)) for c in range(4)
+    ]
+    return 2 * np.stack(channels, axis=-1) - 1
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample(
+    network: Any,
+    codec: Codec,
+    steps: tuple[int, str],
+    params: PyTree,
+    static_params: PyTree,
+    codec_params: PyTree,
+    schedule: NoiseSchedule,
+    image: Array,
+    camera: Array,
+    motion: Array,
+    weights: Array,
+    key: Array,
+) -> Array:
+    """Frames (2, t, h, w, c) in [0, 1] of the dynamic and the static orbit."""
+    latent = codec.encode(codec_params, image)
+    conditioning = Conditioning(
+        image=jnp.stack([latent, latent]), camera=jnp.stack([camera, camera]), motion=motion
+    )
+
+    def bind(params: PyTree):
+        return functools.partial(network.apply, {"params": params})
+
+    static_denoise = None if static_params is None else bind(static_params)
+    guided = guidance.three_d_aware(bind(params), static_denoise, w1=weights[0], w2=weights[1])
+    noise = jax.random.normal(key, (1, len(camera), *latent.shape))
+    noise = jnp.concatenate([noise, noise])
+    num_steps, spacing = steps
+    latents = sampling.ddim(
+        guided, schedule, noise, conditioning, num_steps=num_steps, spacing=spacing
+    )
+    return jnp.clip((codec.decode(codec_params, latents) + 1) / 2, 0, 1)
