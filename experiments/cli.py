@@ -1,6 +1,7 @@
 """What the binaries share: flags, and a user's mistake as one sentence instead of a traceback."""
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -8,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 _CACHE = flags.DEFINE_string(
@@ -17,6 +19,7 @@ _CACHE = flags.DEFINE_string(
 _PROFILE = flags.DEFINE_bool("profile", False, "Record a profiler trace in WORKDIR/profile.")
 
 _MISTAKES = (ValueError, OSError, FloatingPointError)
+_LOGGER = logging.getLogger(__name__)
 _default_config: list[str] = []
 
 
@@ -43,9 +46,6 @@ def run(main: Callable[[], None]) -> NoReturn:
     or FloatingPointError; its message is printed as the one sentence that it is. Anything else
     is a bug of ours and shows its traceback.
     """
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    logging.set_stderrthreshold(logging.INFO)
     app.run(lambda _: _checked(main), flags_parser=_parse)
     sys.exit(0)
 
@@ -53,9 +53,9 @@ def run(main: Callable[[], None]) -> NoReturn:
 def log_devices(mesh: Any = None) -> None:
     """Logs the devices, and the mesh when there is one."""
     devices = jax.devices()
-    logging.info("Devices: %d x %s.", len(devices), devices[0].device_kind)
+    _LOGGER.info("Devices: %d x %s.", len(devices), devices[0].device_kind)
     if mesh is not None:
-        logging.info("Mesh: %s.", ", ".join(f"{k}={v}" for k, v in mesh.shape.items()))
+        _LOGGER.info("Mesh: %s.", ", ".join(f"{k}={v}" for k, v in mesh.shape.items()))
 
 
 def profile(workdir: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Any]:
@@ -66,14 +66,27 @@ def profile(workdir: str | os.PathLike[str]) -> contextlib.AbstractContextManage
 
 
 def _checked(main: Callable[[], None]) -> None:
+    _start_logging()
     if _CACHE.value:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(_CACHE.value))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
         main()
     except _MISTAKES as error:
-        logging.debug("Where it happened:", exc_info=error)
+        _LOGGER.debug("Where it happened:", exc_info=error)
         _stop(_sentence(error), 1)
+
+
+def _start_logging() -> None:
+    """Shows our messages from INFO on with the time, and those of libraries from WARNING on."""
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.INFO)
+    handler = absl_logging.get_absl_handler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    # Orbax reports every detail of a save, through absl as well.
+    handler.addFilter(lambda r: r.levelno >= logging.WARNING or "orbax" not in r.pathname)
+    for name in ("d4d_jax", "gaussians", "experiments"):
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -59,7 +59,7 @@ def test_images_become_png_files(tmp_path):
 
 
 def test_default_writer_logs_and_writes(tmp_path, caplog):
-    caplog.set_level("INFO", logger="absl")
+    caplog.set_level("INFO", logger="d4d_jax")
     writer = writers.default_writer(tmp_path)
     assert isinstance(writer, MetricWriter)
     writer.write_scalars(5, {"loss": 0.125})

@@ -1,6 +1,7 @@
 """Metric writers with the signatures of clu.metric_writers, without its TensorFlow import."""
 
 import json
+import logging
 import math
 import os
 import pathlib
@@ -8,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from d4d_jax import media
 from d4d_jax.typing import MetricWriter
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class LogWriter:
@@ -20,11 +22,11 @@ class LogWriter:
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Logs `[step] name=value, ...` with four significant digits."""
         text = ", ".join(f"{name}={float(value):.4g}" for name, value in scalars.items())
-        logging.info("[%d] %s", step, text)
+        _LOGGER.info("[%d] %s", step, text)
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Logs the names of the images."""
-        logging.info("[%d] images: %s", step, ", ".join(images))
+        _LOGGER.info("[%d] images: %s", step, ", ".join(images))
 
     def flush(self) -> None:
         """Nothing is buffered."""

@@ -1,0 +1,84 @@
+"""The embedded default: 24 frames of 64 x 64, trained on the shipped clips on one CPU core.
+
+`tiny.py` is the shipped model; `tiny.py:smoke` is the same line in seconds, for tests and CI.
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the configuration; `arg` is "" or "smoke".
+
+    Raises ValueError for another `arg`.
+    """
+    if arg not in ("", "smoke"):
+        raise ValueError(f"tiny.py takes no argument or 'smoke', not {arg!r}.")
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.num_steps = 7000
+    config.batch_size = 1
+    config.ema_decay = 0.998
+    config.log_every = 50
+    config.checkpoint_every = 500
+    config.sample_every = 0
+    config.keep_checkpoints = 2
+
+    config.data = ml_collections.ConfigDict(
+        dict(
+            path="",  # a folder of clip folders; empty: the clips shipped with the package
+            size=64,
+            static_probability=0.3,  # the same network at m = 0 is the 3D-aware network
+        )
+    )
+    config.codec = ml_collections.ConfigDict(
+        dict(name="patch_pca", factor=8, dim=48, whitening=0.5)
+    )
+    config.schedule = ml_collections.ConfigDict(
+        dict(name="cosine", prediction="x0", zero_terminal_snr=True)
+    )
+    config.network = ml_collections.ConfigDict(
+        dict(
+            name="unet",
+            width=56,
+            multipliers=(1, 1),
+            blocks=1,
+            attention_levels=(1,),
+            head_dim=28,
+            init_heads=0,
+            init_head_dim=28,
+            context_dim=0,
+            groups=8,
+            image_concat="all",
+            dropout=0.0,
+        )
+    )
+    config.loss = ml_collections.ConfigDict(
+        dict(
+            omega=0.1,  # L_ldm + omega L_mr
+            snr_power=0.0,
+            drop_prompt=0.1,
+            drop_motion=0.1,
+        )
+    )
+    config.optimizer = ml_collections.ConfigDict(
+        dict(
+            learning_rate=1.5e-3,
+            warmup_steps=100,
+            decay="cosine",  # to 0 at num_steps; or "constant"
+            clip_norm=1.0,
+            weight_decay=0.0,
+        )
+    )
+    if arg == "smoke":
+        _make_small(config)
+    return config
+
+
+def _make_small(config: ml_collections.ConfigDict) -> None:
+    config.num_steps = 2
+    config.batch_size = 1
+    config.log_every = config.checkpoint_every = 1
+    config.data.size = 16
+    config.codec.dim = 4
+    config.network.update(width=8, multipliers=(1,), attention_levels=(), head_dim=8, groups=4)
+    config.optimizer.warmup_steps = 1
