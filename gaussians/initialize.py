@@ -19,6 +19,7 @@ from gaussians.types import Splats
 
 _COARSE_RESOLUTION = 48
 _MARGIN = 2  # voxels of empty space around the carved box
+_DEPTH = 1.5  # standard deviations of a splat below the surface
 
 
 @register("initializer", "visual_hull")
@@ -35,15 +36,16 @@ def visual_hull(
     tolerance: int = 0,
     half_extent: float | None = None,
     opacity: float = 0.8,
-    scale: float = 0.8,
+    scale: float = 0.6,
 ) -> Splats:
     """Splats on the surface of the largest body that has the given silhouettes.
 
     A cube around the origin is carved twice: coarsely, to find the box of the object, then with
     `resolution` voxels along the longest side of that box. Splats are spread evenly over the
-    surface voxels; the colour of each is the mean over the views that see it, weighted by how much
-    it faces them. The body is the visual hull of Laurentini (1994): what no silhouette shows, such
-    as the inside of a bowl, is filled.
+    surface voxels, so deep below the surface that their visible parts end at it. The colour of each
+    is the mean over the views that see it, weighted by how much it faces them. The body is the
+    visual hull of Laurentini (1994): what no silhouette shows, such as the inside of a bowl, is
+    filled.
 
     Args:
         images: in [0, 1], views of an object that does not move.
@@ -88,15 +90,15 @@ def visual_hull(
     points, normals = centers[surface], _outward_normals(inside)[surface]
     colours = _paint(points, normals, images, alphas, camera, voxel)
     chosen = _even_choice(rng, len(points), num_splats)
-    jitter = rng.uniform(-voxel / 2, voxel / 2, (num_splats, 3)).astype(np.float32)
-    return point_cloud(
-        points[chosen] + jitter,
+    points = points[chosen] + rng.uniform(-voxel / 2, voxel / 2, (num_splats, 3))
+    spread = np.clip(scale * nearest_distances(points, 3).mean(axis=1), voxel / 4, voxel * 4)
+    return Splats.from_points(
+        points - _DEPTH * spread[:, None] * normals[chosen],
         colours[chosen],
+        scale=spread,
+        opacity=opacity,
         capacity=capacity,
         sh_degree=sh_degree,
-        opacity=opacity,
-        scale=scale,
-        scale_range=(voxel / 4, voxel * 4),
     )
 
 
