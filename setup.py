@@ -31,6 +31,7 @@ setup(
         "grain>=0.2.10",
         "tensorflow-datasets>=4.9.9",
         "numpy>=1.26",
+        "scipy>=1.11",
         "absl-py>=2.1",
         "ml_collections>=1.0",
         "jaxtyping>=0.3",
