@@ -12,6 +12,7 @@ needs (Diffusion4D, section 3.4).
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,19 @@ class OrbitPipeline:
         Raises:
             FileNotFoundError, ValueError: no such file, or no model file.
         """
-        params, codec_params, config = bundle.load_bundle(path)
+        return cls.from_parts(*bundle.load_bundle(path))
+
+    @classmethod
+    def from_parts(
+        cls, params: PyTree, codec_params: PyTree, config: Mapping[str, Any]
+    ) -> "OrbitPipeline":
+        """The pipeline of a network that was trained with `config` (see `experiments/configs`).
+
+        Args:
+            params: parameters of the network.
+            codec_params: parameters of the codec.
+            config: at least the keys `network`, `codec`, `schedule` and `data`.
+        """
         size = config["data"]["size"]
         codec = registry.build("codec", config["codec"])
         schedule = registry.build("schedule", config["schedule"])

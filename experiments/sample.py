@@ -1,0 +1,84 @@
+"""Samples the orbital video of one prompt image: `python -m experiments.sample --workdir=OUT`.
+
+Writes `orbit.mp4` and `orbit_frames/` (the moving object), `static.mp4` (the same object standing
+still) and `sheet.png` (eight frames of both) into the workdir.
+"""
+
+import logging
+import pathlib
+import time
+
+from absl import flags
+
+import d4d_jax
+from d4d_jax import clips, media
+from d4d_jax.pipeline import EMBEDDED, OrbitPipeline
+from d4d_jax.train.checkpoint import Checkpointer
+from experiments import cli
+
+_LOGGER = logging.getLogger("experiments.sample")  # also when run as __main__
+
+_PROMPT = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips" / "rabbit" / "multi_frame0.png"
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace results that are in the workdir.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", str(EMBEDDED), "A model file (.npz), or the workdir of a training run."
+)
+_IMAGE = flags.DEFINE_string("image", str(_PROMPT), "The prompt: an image with alpha or on white.")
+_MOTION = flags.DEFINE_float("motion", 6.0, "Motion magnitude m; 0 stands still.", lower_bound=0)
+_W1 = flags.DEFINE_float("guidance_w1", 1.0, "Weight of classifier-free guidance (Eq. 3).")
+_W2 = flags.DEFINE_float("guidance_w2", 0.5, "Weight of the step away from the static object.")
+_STEPS = flags.DEFINE_integer("steps", 25, "DDIM steps.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+flags.adopt_module_key_flags(cli)
+
+
+def main() -> None:
+    """Samples and writes."""
+    workdir = pathlib.Path(_WORKDIR.value)
+    if (workdir / "sheet.png").exists() and not _OVERWRITE.value:
+        raise FileExistsError(
+            f"{workdir} already holds samples: choose another --workdir or add --overwrite."
+        )
+    image = clips.read_image(_IMAGE.value)
+    pipeline = load_pipeline(_CHECKPOINT.value)
+    cli.log_devices()
+    _LOGGER.info("Sampling %d frames of %d x %d.", pipeline.num_frames, *2 * [pipeline.size])
+    start = time.perf_counter()
+    with cli.profile(workdir):
+        clip = pipeline(
+            image,
+            motion=_MOTION.value,
+            w1=_W1.value,
+            w2=_W2.value,
+            num_steps=_STEPS.value,
+            seed=_SEED.value,
+        )
+    media.write_video(workdir / "orbit.mp4", clip.dynamic)
+    media.write_video(workdir / "static.mp4", clip.static)
+    media.write_frames(workdir / "orbit_frames", clip.dynamic)
+    media.write_image(workdir / "sheet.png", media.contact_sheet([clip.dynamic, clip.static]))
+    _LOGGER.info("Wrote %s in %.0f s.", workdir, time.perf_counter() - start)
+
+
+def load_pipeline(path: str) -> OrbitPipeline:
+    """Returns the pipeline of a model file, or of the newest checkpoint of a training workdir.
+
+    Raises FileNotFoundError when there is neither, ValueError when it cannot be read.
+    """
+    folder = pathlib.Path(path) / "checkpoints"
+    if not pathlib.Path(path).is_dir():
+        return OrbitPipeline.load(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path} is not the workdir of a training run: it has no {folder}.")
+    checkpointer = Checkpointer(folder)
+    try:
+        params, frozen = checkpointer.restore_model()
+        return OrbitPipeline.from_parts(params, frozen["codec"], checkpointer.restore_config())
+    finally:
+        checkpointer.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)
