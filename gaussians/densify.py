@@ -12,9 +12,11 @@ kept per splat follows.
         statistics = GradientStatistics.create(len(splats))
     if strategy.resets_opacity_at(step):
         splats = strategy.reset_opacity(splats)
-        optimizer_state = move_moments(optimizer_state, parameters, clear_opacity)
-
-where `clear_opacity` is `lambda m: m | {"opacity_logits": zeros_like(m["opacity_logits"])}`.
+        optimizer_state = move_moments(
+            optimizer_state,
+            parameters,
+            lambda moments: moments | {"opacity_logits": jnp.zeros(len(splats))},
+        )
 """
 
 import dataclasses
