@@ -77,8 +77,22 @@ def to_config(config: ml_collections.ConfigDict) -> ReconstructConfig:
     return _to_dataclass(ReconstructConfig, config.to_dict())
 
 
-def write_results(asset: Asset, clip: OrbitClip, workdir: Path) -> dict[str, Any]:
+def write_results(
+    asset: Asset,
+    clip: OrbitClip,
+    workdir: Path,
+    *,
+    orbit: str = "orbit.mp4",
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Writes all files of a reconstruction but those of the clip; the report comes last.
+
+    Args:
+        asset: what was reconstructed.
+        clip: what it was reconstructed from.
+        workdir: an existing folder.
+        orbit: file name of the video along the orbit.
+        facts: further entries of the report.
 
     Returns:
         The report. `psnr` (dB) and `ssim` are means over the frames of a view set, None for a set
@@ -89,7 +103,7 @@ def write_results(asset: Asset, clip: OrbitClip, workdir: Path) -> dict[str, Any
     renders = {view: _render_view(asset, clip, view) for view in _VIEWS}
     io.save_asset(workdir / "asset.npz", asset)
     io.write_ply(workdir / "point_cloud.ply", asset.at(0.0))
-    media.write_video(workdir / "orbit.mp4", renders["dynamic"][0])
+    media.write_video(workdir / orbit, renders["dynamic"][0])
     side = _repeated(clip.camera, (clip.num_frames - 1) // 4, clip.num_frames)
     media.write_video(workdir / "novel.mp4", asset.render_video(side, clip.timestamps))
     present = [view for view in _VIEWS if getattr(clip, view) is not None]
@@ -104,6 +118,7 @@ def write_results(asset: Asset, clip: OrbitClip, workdir: Path) -> dict[str, Any
         "splats": asset.meta["splats"],
         "steps": asset.meta["steps"],
         "implementation": asset.meta["implementation"],
+        **(facts or {}),
     }
     (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report

@@ -1,11 +1,13 @@
 """Samples the orbital video of one prompt image: `python -m experiments.sample --workdir=OUT`.
 
-Writes `orbit.mp4` and `orbit_frames/` (the moving object), `static.mp4` (the same object standing
-still) and `sheet.png` (eight frames of both) into the workdir.
+Writes `orbit.mp4` (the moving object), `static.mp4` (the same object standing still), `sheet.png`
+(eight frames of both) and `orbit_frames/`, a clip folder that `experiments.reconstruct --clip`
+reads, into the workdir.
 """
 
 import logging
 import pathlib
+import shutil
 import time
 
 from absl import flags
@@ -20,46 +22,69 @@ _LOGGER = logging.getLogger("experiments.sample")  # also when run as __main__
 
 _PROMPT = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips" / "rabbit" / "multi_frame0.png"
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace results that are in the workdir.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace results that are in the workdir.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", str(EMBEDDED), "A model file (.npz), or the workdir of a training run."
 )
 _IMAGE = flags.DEFINE_string("image", str(_PROMPT), "The prompt: an image with alpha or on white.")
-_MOTION = flags.DEFINE_float("motion", 6.0, "Motion magnitude m; 0 stands still.", lower_bound=0)
+_MOTION = flags.DEFINE_float("motion", 8.0, "Motion magnitude m; 0 stands still.", lower_bound=0)
 _W1 = flags.DEFINE_float("guidance_w1", 1.0, "Weight of classifier-free guidance (Eq. 3).")
 _W2 = flags.DEFINE_float("guidance_w2", 0.5, "Weight of the step away from the static object.")
-_STEPS = flags.DEFINE_integer("steps", 25, "DDIM steps.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+_STEPS = flags.DEFINE_integer("steps", 50, "DDIM steps.", lower_bound=1)
 flags.adopt_module_key_flags(cli)
 
 
 def main() -> None:
     """Samples and writes."""
-    workdir = pathlib.Path(_WORKDIR.value)
-    if (workdir / "sheet.png").exists() and not _OVERWRITE.value:
+    workdir = pathlib.Path(WORKDIR.value)
+    if (workdir / "sheet.png").exists() and not OVERWRITE.value:
         raise FileExistsError(
             f"{workdir} already holds samples: choose another --workdir or add --overwrite."
         )
-    image = clips.read_image(_IMAGE.value)
-    pipeline = load_pipeline(_CHECKPOINT.value)
+    image, pipeline = read_prompt()
     cli.log_devices()
+    with cli.profile(workdir):
+        clip = sample(image, pipeline)
+    write_samples(clip, workdir)
+    media.write_video(workdir / "static.mp4", clip.static)
+    media.write_image(workdir / "sheet.png", media.contact_sheet([clip.dynamic, clip.static]))
+    _LOGGER.info("Wrote %s.", workdir)
+
+
+def read_prompt() -> tuple[clips.AnyArray, OrbitPipeline]:
+    """The image and the model of the command line; raises FileNotFoundError or ValueError."""
+    return clips.read_image(_IMAGE.value), load_pipeline(_CHECKPOINT.value)
+
+
+def sample(image: clips.AnyArray, pipeline: OrbitPipeline) -> clips.OrbitClip:
+    """Samples the two orbits of `image` with the settings of the command line."""
     _LOGGER.info("Sampling %d frames of %d x %d.", pipeline.num_frames, *2 * [pipeline.size])
     start = time.perf_counter()
-    with cli.profile(workdir):
-        clip = pipeline(
-            image,
-            motion=_MOTION.value,
-            w1=_W1.value,
-            w2=_W2.value,
-            num_steps=_STEPS.value,
-            seed=_SEED.value,
-        )
+    clip = pipeline(
+        image,
+        motion=_MOTION.value,
+        w1=_W1.value,
+        w2=_W2.value,
+        num_steps=_STEPS.value,
+        seed=SEED.value,
+    )
+    _LOGGER.info("Sampled in %.0f s.", time.perf_counter() - start)
+    return clip
+
+
+def write_samples(clip: clips.OrbitClip, workdir: pathlib.Path) -> None:
+    """Writes `orbit.mp4` and the clip folder `orbit_frames`, in place of older ones."""
     media.write_video(workdir / "orbit.mp4", clip.dynamic)
-    media.write_video(workdir / "static.mp4", clip.static)
-    media.write_frames(workdir / "orbit_frames", clip.dynamic)
-    media.write_image(workdir / "sheet.png", media.contact_sheet([clip.dynamic, clip.static]))
-    _LOGGER.info("Wrote %s in %.0f s.", workdir, time.perf_counter() - start)
+    shutil.rmtree(workdir / "orbit_frames", ignore_errors=True)
+    clips.write_clip(clip, workdir / "orbit_frames")
+
+
+def settings() -> dict[str, float | int | str]:
+    """The settings of the command line, for a report."""
+    chosen = (_IMAGE, _CHECKPOINT, _MOTION, _W1, _W2, _STEPS, SEED)
+    return {flag.name: flag.value for flag in chosen}
 
 
 def load_pipeline(path: str) -> OrbitPipeline:

@@ -1,0 +1,43 @@
+"""Turns one image into a moving 3D asset: samples an orbital video, then reconstructs it.
+
+    python -m experiments.generate --workdir=out [--image=PATH] [--motion=8]
+
+writes into the workdir: `orbit.mp4` and `orbit_frames/` (the sampled clip, a folder that
+`experiments.reconstruct --clip` reads), the files of the reconstruction (see
+`experiments/reconstruct.py`; its own orbit is `asset_orbit.mp4` here) and `report.json`. The same
+seed gives the same bytes on the same platform.
+"""
+
+import json
+
+import jax
+from absl import flags, logging
+
+from d4d_jax import clips
+from experiments import cli, sample
+from experiments.reconstruct import ProgressLine, prepare_workdir, to_config, write_results
+from gaussians.reconstruct import reconstruct
+
+
+def main() -> None:
+    """Generates the asset that the command line asks for."""
+    image, pipeline = sample.read_prompt()
+    config = to_config(flags.FLAGS.config)
+    workdir = prepare_workdir(sample.WORKDIR.value, overwrite=sample.OVERWRITE.value)
+    cli.log_devices()
+    with cli.profile(workdir):
+        sample.write_samples(sample.sample(image, pipeline), workdir)
+        # Reconstruct what the files hold, as experiments.reconstruct --clip would.
+        clip = clips.read_clip(workdir / "orbit_frames")
+        key = jax.random.key(sample.SEED.value)
+        asset = reconstruct(clip, config, key, callback=ProgressLine())
+    facts = {"prompt": sample.settings(), "measured_motion": clip.motion}
+    report = write_results(asset, clip, workdir, orbit="asset_orbit.mp4", facts=facts)
+    logging.info("Wrote %s: %s", workdir, json.dumps(report))
+
+
+if __name__ == "__main__":
+    cli.define_config("reconstruct.py:fast")
+    flags.adopt_module_key_flags(cli)
+    flags.adopt_module_key_flags(sample)
+    cli.run(main)
