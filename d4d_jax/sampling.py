@@ -5,7 +5,7 @@ is a Stepper; DDIM is the one the paper uses.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ class Level(NamedTuple):
     sigma: Float[AnyArray, "*n"]
 
 
+@runtime_checkable
 class Stepper(Protocol):
     """One move of a sampler from a noise level to the next."""
 
