@@ -1,0 +1,124 @@
+"""The binary, run as people run it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import plyfile
+import pytest
+from PIL import Image
+
+from d4d_jax import clips
+from d4d_jax.data import synthetic
+from experiments import reconstruct as binary
+from experiments.configs import reconstruct as configs
+from gaussians import io
+from gaussians.reconstruct import ReconstructConfig
+
+ROOT = Path(__file__).parent.parent
+SMOKE = "--config=experiments/configs/reconstruct.py:smoke"
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.reconstruct", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    clips.write_clip(synthetic.make_clip(0, num_frames=4, size=24), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(clip_folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("out") / "run"
+    result = run(f"--clip={clip_folder}", f"--workdir={workdir}", SMOKE)
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+def test_writes_all_files(finished):
+    workdir, result = finished
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {
+        "asset.npz", "point_cloud.ply", "orbit.mp4", "novel.mp4", "comparison.png", "report.json",
+    }  # fmt: skip
+    report = json.loads((workdir / "report.json").read_text())
+    for metric in ("psnr", "ssim", "alpha_iou"):
+        assert set(report[metric]) == {"dynamic", "static", "front"}
+        assert all(np.isfinite(value) for value in report[metric].values())
+    assert report["splats"] > 0 and report["seconds"] > 0 and report["implementation"] == "tiled"
+    assert Image.open(workdir / "comparison.png").size == (8 * 24, 6 * 24)
+    assert "fine 18/18" in result.stderr and "ETA" in result.stderr
+
+
+def test_the_files_hold_the_same_asset(finished):
+    workdir, _ = finished
+    asset = io.load_asset(workdir / "asset.npz")
+    vertices = plyfile.PlyData.read(workdir / "point_cloud.ply")["vertex"]
+    start = asset.at(0.0)
+    active = np.asarray(start.active)
+    assert len(vertices["x"]) == active.sum()
+    np.testing.assert_allclose(vertices["x"], np.asarray(start.means)[active, 0], rtol=1e-6)
+
+
+def test_a_finished_run_is_not_overwritten_unless_told(finished, clip_folder):
+    workdir, _ = finished
+    result = run(f"--clip={clip_folder}", f"--workdir={workdir}", SMOKE)
+    assert result.returncode == 1
+    assert "already holds a finished run" in result.stderr and "--overwrite" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--clip=no/such/clip", "--workdir={tmp}"], 1, "There is no clip folder 'no/such/clip'"),
+        (["--clip={clip}", "--workdir={tmp}", SMOKE, "--config.fine.stepz=3"], 2, "stepz"),
+        (["--clip={clip}", "--workdir={tmp}", SMOKE, "--config.capacity=3"], 1, "capacity of 3"),
+        (["--workdir={tmp}"], 2, "clip"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(arguments, code, words, clip_folder, tmp_path):
+    result = run(*(text.format(tmp=tmp_path / "out", clip=clip_folder) for text in arguments))
+    assert result.returncode == code, result.stderr
+    assert words in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_overwriting_is_possible_and_front_frames_may_be_missing(clip_folder, tmp_path):
+    clip = clips.read_clip(clip_folder)
+    config = configs.get_config("smoke")
+    for stage in ("warmup", "coarse", "fine"):
+        config[stage].steps = 1
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="already holds a finished run"):
+        binary.prepare_workdir(str(tmp_path), overwrite=False)
+    assert binary.prepare_workdir(str(tmp_path), overwrite=True) == tmp_path
+    assert not (tmp_path / "report.json").exists()
+    bare = clips.OrbitClip(clip.camera, clip.timestamps, dynamic=clip.dynamic)
+    asset = binary.reconstruct(bare, binary.to_config(config), jax.random.key(0))
+    report = binary.write_results(asset, bare, tmp_path)
+    assert report["psnr"]["front"] is None and report["psnr"]["static"] is None
+    assert report["front_hold_still"] is None and report["psnr"]["dynamic"] > 0
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_the_default_configuration_is_the_library_s():
+    assert binary.to_config(configs.get_config()) == ReconstructConfig()
+    fast = binary.to_config(configs.get_config("fast"))
+    assert fast.capacity < ReconstructConfig().capacity
+    with pytest.raises(ValueError, match="not 'quick'"):
+        configs.get_config("quick")
