@@ -29,7 +29,7 @@ class Bins(NamedTuple):
     """
 
     splats: Int[Array, "m"]
-    starts: Int[Array, "tiles+1"]
+    starts: Int[Array, "starts"]
     overflow: Int[Array, ""]
 
 
@@ -122,7 +122,7 @@ def _sort_pairs(
     valid: Bool[Array, "m"],
     num_tiles: int,
     n: int,
-) -> tuple[Int[Array, "m"], Int[Array, "tiles+1"]]:
+) -> tuple[Int[Array, "m"], Int[Array, "starts"]]:
     """Depth ranks of the valid pairs by tile, then rank; and where each tile starts."""
     rank_bits = max(1, (n - 1).bit_length())
     tiles = jnp.arange(num_tiles + 1, dtype=jnp.uint32)
@@ -138,7 +138,7 @@ def _sort_pairs(
     return ranks.astype(jnp.int32), starts.astype(jnp.int32)
 
 
-def by_occupancy(starts: Int[Array, "tiles+1"], group: int) -> Int[Array, "groups group"]:
+def by_occupancy(starts: Int[Array, "starts"], group: int) -> Int[Array, "groups group"]:
     """Tiles with the fullest first, in groups of equal size; the filling is the tile past the last.
 
     Neighbours in this order hold nearly as many splats, so little is wasted when a group advances in

@@ -55,7 +55,7 @@ class _Grid:
         """Tiles that advance together: enough for long vectors, few enough to differ little."""
         return min(_GROUP, max(8, self.columns * self.rows // 8))
 
-    def to_tiles(self, image: Float[Array, "h w c"]) -> Float[Array, "tiles+1 c p"]:
+    def to_tiles(self, image: Float[Array, "h w c"]) -> Float[Array, "tiles c p"]:
         """Cuts an image into tiles, the last one empty; pixels past the border are 0."""
         below, right = self.rows * TILE - self.height, self.columns * TILE - self.width
         image = jnp.pad(image, ((0, below), (0, right), (0, 0)))
@@ -64,7 +64,7 @@ class _Grid:
             tiles.reshape(self.rows * self.columns, -1, _PIXELS), ((0, 1), (0, 0), (0, 0))
         )
 
-    def to_image(self, tiles: Float[Array, "tiles+1 c p"]) -> Float[Array, "h w c"]:
+    def to_image(self, tiles: Float[Array, "tiles c p"]) -> Float[Array, "h w c"]:
         """The inverse of `to_tiles`."""
         image = tiles[:-1].reshape(self.rows, self.columns, -1, TILE, TILE)
         image = image.transpose(0, 3, 1, 4, 2)
@@ -100,8 +100,8 @@ def composite(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _blend(
-    grid: _Grid, table: Float[Array, "n d"], splats: Int[Array, "m"], starts: Int[Array, "tiles+1"]
-) -> Float[Array, "h w f+1"]:
+    grid: _Grid, table: Float[Array, "n d"], splats: Int[Array, "m"], starts: Int[Array, "starts"]
+) -> Float[Array, "h w c"]:
     """Image of the features (columns of `table` behind the geometry), and alpha as the last one."""
     return _blend_forward(grid, table, splats, starts)[0]
 
