@@ -1,6 +1,7 @@
 """Pictures and videos on disk: png, gif, mp4, contact sheets. Frames are in [0, 1]."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,17 +61,20 @@ def write_video(
 
     even = [(0, n % 2) for n in frames.shape[1:3]]  # H.264 in 4:2:0 wants even sizes.
     frames = np.pad(frames, [(0, 0), *even, (0, 0)], mode="edge")
-    # One thread and no version string: the same frames give the same bytes.
-    iio.imwrite(
-        path,
-        frames,
-        plugin="FFMPEG",
-        fps=fps,
-        codec="libx264",
-        quality=None,
-        macro_block_size=1,
-        output_params=["-crf", "14", "-threads", "1", "-fflags", "+bitexact"],
-    )
+    with warnings.catch_warnings():
+        # JAX warns about forks; this one only starts ffmpeg.
+        warnings.filterwarnings("ignore", message=r"os\.fork", category=RuntimeWarning)
+        iio.imwrite(
+            path,
+            frames,
+            plugin="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            quality=None,
+            macro_block_size=1,
+            # One thread and no version string: the same frames give the same bytes.
+            output_params=["-crf", "14", "-threads", "1", "-fflags", "+bitexact"],
+        )
 
 
 def contact_sheet(rows: Sequence[AnyArray], columns: int = 8) -> np.ndarray:
