@@ -10,7 +10,7 @@ TEST = [
     "jaxtyping>=0.3",
     "beartype>=0.20",
 ]
-PARITY = ["torch==2.13.0", "diffusers>=0.35"]
+PARITY = ["torch==2.13.0", "diffusers>=0.35", "gsplat==1.5.3"]
 DEV = ["ruff>=0.9", "pyright>=1.1.400", "pre-commit>=4"]
 
 setup(
