@@ -41,7 +41,7 @@ class Projection(NamedTuple):
     visible: Bool[Array, "n"]
 
 
-def rotation_matrices(quaternions: Float[Array, "n 4"]) -> Float[Array, "n 3 3"]:
+def rotation_matrices(quaternions: Float[AnyArray, "n 4"]) -> Float[Array, "n 3 3"]:
     """Rotation matrices of w x y z quaternions of any norm; the zero quaternion is the identity."""
     squared = jnp.sum(quaternions * quaternions, axis=-1, keepdims=True)
     degenerate = squared < _MIN_NORM_SQUARED

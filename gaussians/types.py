@@ -128,9 +128,8 @@ class Splats:
             raise ValueError("scale must be above 0: it is the standard deviation of a splat.")
         coefficients = jnp.zeros((n, (sh_degree + 1) ** 2, 3))
         coefficients = coefficients.at[:, 0].set(spherical_harmonics.from_rgb(colours))
-        log_scale = jnp.broadcast_to(
-            jnp.log(jnp.asarray(scale, jnp.float32)).reshape(-1, 1), (n, 3)
-        )
+        log_scales = jnp.log(jnp.asarray(scale, jnp.float32)).reshape(-1, 1)
+        logit = float(np.log(opacity / (1.0 - opacity)))
 
         def pad(values: Any, fill: float) -> Any:
             widths = [(0, capacity - n)] + [(0, 0)] * (values.ndim - 1)
@@ -139,11 +138,9 @@ class Splats:
         identity = jnp.broadcast_to(jnp.array([1.0, 0.0, 0.0, 0.0]), (capacity, 4))
         return cls(
             means=pad(points, 0.0),
-            log_scales=pad(log_scale, -5.0),
+            log_scales=pad(jnp.broadcast_to(log_scales, (n, 3)), -5.0),
             quaternions=identity,
-            opacity_logits=pad(
-                jnp.full((n,), np.log(opacity / (1.0 - opacity)), jnp.float32), -5.0
-            ),
+            opacity_logits=pad(jnp.full((n,), logit, jnp.float32), -5.0),
             sh=pad(coefficients, 0.0),
             active=jnp.arange(capacity) < n,
         )

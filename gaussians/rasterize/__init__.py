@@ -1,12 +1,12 @@
 """Differentiable rendering of Gaussian splats: one signature, several implementations.
 
-    render = rasterize(splats, camera, background)        # Render(rgb, alpha, depth, overflow, radii)
+    render = rasterize(splats, camera, background)  # .rgb .alpha .depth .overflow .radii
     renders = jax.vmap(lambda c: rasterize(splats, c, background))(cameras)
 
-`reference` blends every splat into every pixel and is the oracle of the tests; `tiled` is exact too,
-sorts splats into tiles first, and is what `implementation=None` picks. Both follow the conventions of
-3D Gaussian Splatting: support where alpha >= 1/255, alpha at most `alpha_max`, a pixel stops before
-its transmittance would fall below 1e-4.
+`reference` blends every splat into every pixel and is the oracle of the tests; `tiled` is exact
+too, sorts splats into tiles first, and is what `implementation=None` picks. Both follow the
+conventions of 3D Gaussian Splatting: support where alpha >= 1/255, alpha at most `alpha_max`, a
+pixel stops before its transmittance would fall below 1e-4.
 """
 
 import jax
@@ -36,7 +36,7 @@ class Render:
     """A rendered view.
 
     Attributes:
-        rgb: Colour over the background, linear in the splats' colours; 0 or above, not clipped at 1.
+        rgb: Colour over the background; 0 or above, not clipped at 1.
         alpha: Opacity in [0, 1]: sum_k a_k T_k.
         depth: Accumulated camera z, sum_k a_k T_k z_k, *not* divided by alpha, with a gradient.
         overflow: Splat-tile pairs that did not fit `capacity`. When above 0 some splats are missing
@@ -90,8 +90,8 @@ def rasterize(
         camera: One camera, no leading axes.
         background: Colour behind everything.
         implementation: "tiled", "reference", or None for the fastest here (see `chosen`).
-        capacity: Most (splat, tile) pairs `tiled` keeps; None picks a size from the number of splats
-            and pixels. Time and memory grow with it; a change compiles anew.
+        capacity: Most (splat, tile) pairs `tiled` keeps; None picks a size from the number of
+            splats and pixels. Time and memory grow with it; a change compiles anew.
         alpha_max: Alphas above are cut to this, without gradient there. 0.99 in the original.
         blur: Variance in px^2 added to each splat's footprint (`gaussians.projection.project`).
         near: Splats with camera z at or below are not drawn.
@@ -177,7 +177,7 @@ def _without_bad_numbers(splats: Splats) -> tuple[Splats, Bool[Array, "n"]]:
     """Zeros in place of slots that are unused or hold NaN or Inf, so that nothing spreads."""
     usable = jnp.asarray(splats.active)
     for value in splats.parameters.values():
-        usable &= jnp.all(jnp.isfinite(value).reshape(len(splats), -1), axis=-1)
+        usable &= jnp.all(jnp.isfinite(value), axis=tuple(range(1, value.ndim)))
 
     def keep(value: Array) -> Array:
         return jnp.where(usable.reshape(-1, *(1,) * (value.ndim - 1)), value, 0.0)

@@ -15,9 +15,9 @@ from gaussians.rasterize.screen import ScreenSplats
 
 #: Side of a tile in pixels.
 TILE = 8
+#: Extents come out of a few roundings; this much more of them, and of a pixel, is on the safe side.
+EXTENT_SLACK = 1e-4
 _NO_PAIR = 0xFFFFFFFF
-# Extents come out of a few roundings; a hair more keeps pixels at exactly alpha = 1/255.
-_EXTENT_SLACK = 1e-3
 
 
 class Bins(NamedTuple):
@@ -89,7 +89,7 @@ def _tile_rectangles(
     screen: ScreenSplats, width: int, height: int
 ) -> tuple[Int[Array, "n 2"], Int[Array, "n 2"]]:
     """First tile (column, row) and number of columns and rows that each splat's box meets."""
-    extents = screen.extents * (1.0 + _EXTENT_SLACK) + _EXTENT_SLACK
+    extents = screen.extents * (1.0 + EXTENT_SLACK) + EXTENT_SLACK
     size = jnp.array([width, height], screen.means2d.dtype)
     first_pixel = jnp.clip(jnp.ceil(screen.means2d - extents - 0.5), 0.0, size)
     last_pixel = jnp.clip(jnp.floor(screen.means2d + extents - 0.5), -1.0, size - 1.0)
@@ -139,10 +139,10 @@ def _sort_pairs(
 
 
 def by_occupancy(starts: Int[Array, "starts"], group: int) -> Int[Array, "groups group"]:
-    """Tiles with the fullest first, in groups of equal size; the filling is the tile past the last.
+    """Tiles with the fullest first, in groups of equal size, padded with the tile past the last.
 
-    Neighbours in this order hold nearly as many splats, so little is wasted when a group advances in
-    step.
+    Neighbours in this order hold nearly as many splats, so little is wasted when a group advances
+    in step.
     """
     counts = starts[1:] - starts[:-1]
     num_tiles = counts.shape[0]

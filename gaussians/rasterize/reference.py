@@ -21,7 +21,7 @@ def composite(
     capacity: int | None = None,
     alpha_max: float = 0.99,
 ) -> Composite:
-    """Blends splats into an image of height x width pixels; `capacity` is ignored, nothing overflows."""
+    """Blends splats into an image; `capacity` means nothing here, and nothing overflows."""
     del capacity
     dtype = screen.means2d.dtype
     x = jnp.arange(width, dtype=dtype)[None, :] + 0.5

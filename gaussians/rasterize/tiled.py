@@ -1,18 +1,18 @@
 """Exact tiled rasterizer in plain XLA operations: CPU, GPU and TPU alike.
 
-Splats are listed per tile of 8 x 8 pixels (`binning`). Tiles of similar occupancy form a group, and a
-group walks through its lists nearest first, in chunks of `_CHUNK` splats, until the lists end or all
-of its pixels are opaque. So the loops have the length that the scene needs, while every array
-has a static shape.
+Splats are listed per tile of 8 x 8 pixels (`binning`). Tiles of similar occupancy form a group,
+and a group walks through its lists nearest first, in chunks of `_CHUNK` splats, until the lists end
+or all of its pixels are opaque. So the loops have the length that the scene needs, while every
+array has a static shape.
 
 The backward pass walks front to back a second time rather than storing anything. For a pixel with
 cotangent v and output C, let g_k = v . f_k and R_k the part of v . C that lies behind splat k:
 
     dL / da_k = T_k g_k - R_k / (1 - a_k),      R_k = v . C - sum_{j <= k} w_j g_j
 
-with w_k = a_k T_k; alpha is one more feature that is 1 for every splat. Everything a splat receives
-from a tile is then a moment sum_p e_p {1, x, y, x^2, x y, y^2} of e = a dL/da over the tile's pixels,
-which is one matrix product per chunk.
+with w_k = a_k T_k; alpha is one more feature that is 1 for every splat. All that a splat's geometry
+receives from a tile follows from the moments sum_p e_p {1, x, y, x^2, x y, y^2} of e = a dL/da over
+the tile's pixels, and those are one matrix product per chunk.
 """
 
 import dataclasses

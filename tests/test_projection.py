@@ -1,0 +1,129 @@
+"""gaussians.projection: against the exact pinhole map, gsplat, and splats that break it."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gaussians.projection import project, rotation_matrices
+from gaussians.types import Camera
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "rasterizer_gsplat.npz"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def camera(golden):
+    return Camera(golden["world_to_camera"], golden["intrinsics"], 41, 27)
+
+
+def test_rotation_matrices_turn_like_the_quaternion():
+    half = np.deg2rad(30.0) / 2
+    about_z = np.array([[np.cos(half), 0, 0, np.sin(half)], [0, 0, 0, 0]], np.float32) * 3.0
+    turned = rotation_matrices(jnp.asarray(about_z))
+    c, s = np.cos(np.deg2rad(30.0)), np.sin(np.deg2rad(30.0))
+    np.testing.assert_allclose(turned[0], [[c, -s, 0], [s, c, 0], [0, 0, 1]], atol=1e-6)
+    np.testing.assert_array_equal(turned[1], np.eye(3))
+
+
+def test_covariance_is_the_linearised_pinhole(golden, camera):
+    """cov2d = D Sigma D^T + blur with D = the derivative of the exact map, for splats in view."""
+    got = project(golden["means"], golden["log_scales"], golden["quaternions"], camera, blur=0.5)
+
+    def pixel(point):
+        inside = camera.world_to_camera[:3, :3] @ point + camera.world_to_camera[:3, 3]
+        image = camera.intrinsics @ inside
+        return image[:2] / image[2]
+
+    in_view = (golden["depths"] > 0.2) & np.all(
+        (golden["means2d"] > 0) & (golden["means2d"] < [41, 27]), axis=-1
+    )
+    assert in_view.sum() > 20
+    for k in np.flatnonzero(in_view):
+        rotation = np.asarray(rotation_matrices(golden["quaternions"][k : k + 1])[0], float)
+        sigma = rotation @ np.diag(np.exp(2.0 * golden["log_scales"][k])) @ rotation.T
+        derivative = np.asarray(jax.jacobian(pixel)(jnp.asarray(golden["means"][k])), float)
+        covariance = derivative @ sigma @ derivative.T + 0.5 * np.eye(2)
+        inverse = np.linalg.inv(covariance)
+        np.testing.assert_allclose(got.means2d[k], pixel(golden["means"][k]), rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(got.variances[k], np.diag(covariance), rtol=1e-4)
+        np.testing.assert_allclose(
+            got.conics[k], inverse[[0, 0, 1], [0, 1, 1]], rtol=1e-3, atol=1e-5
+        )
+
+
+def test_agrees_with_gsplat_even_beside_the_image(golden, camera):
+    got = project(golden["means"], golden["log_scales"], golden["quaternions"], camera)
+    front = golden["depths"] > 0.2
+    np.testing.assert_array_equal(got.visible, front)
+    assert 0 < np.sum(~front)
+    np.testing.assert_allclose(got.depths[front], golden["depths"][front], rtol=1e-6)
+    np.testing.assert_allclose(got.means2d[front], golden["means2d"][front], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(got.conics[front], golden["conics"][front], rtol=1e-4, atol=1e-6)
+
+
+def test_long_needle_keeps_its_digits():
+    camera = Camera(np.eye(4, dtype=np.float32), np.diag([300.0, 300.0, 1.0]).astype("f"), 64, 64)
+    turn = np.deg2rad(45.0) / 2
+    got = project(
+        np.array([[0.0, 0.0, 2.0]], np.float32),
+        np.log(np.array([[50.0, 1e-3, 1e-3]], np.float32)),
+        np.array([[np.cos(turn), 0.0, 0.0, np.sin(turn)]], np.float32),
+        camera,
+    )
+    narrow, wide = (150 * 1e-3) ** 2 + 0.3, (150 * 50.0) ** 2 + 0.3
+    xx, xy, yy = got.conics[0]
+    np.testing.assert_allclose(xx + yy, 1 / narrow + 1 / wide, rtol=1e-5)
+    np.testing.assert_allclose(xx - xy, 1 / narrow, rtol=1e-5)
+
+
+def test_unusable_splats_are_invisible_and_poison_nothing():
+    camera = Camera(np.eye(4, dtype=np.float32), np.diag([50.0, 50.0, 1.0]).astype("f"), 32, 32)
+    means = np.array(
+        [[0, 0, 2], [0, 0, 0], [0, 0, 0.2], [1, 1, -3], [0, 0, 2], [np.nan, 0, 2], [1e30, 0, 2]],
+        np.float32,
+    )
+    log_scales = np.full((7, 3), -3.0, np.float32)
+    log_scales[4] = 80.0
+    quaternions = np.zeros((7, 4), np.float32)  # the first one too: the identity
+
+    def total(means, log_scales, quaternions):
+        got = project(means, log_scales, quaternions, camera)
+        finite = [jnp.where(got.visible[:, None], x, 0.0) for x in (got.means2d, got.conics)]
+        return sum(x.sum() for x in finite) + jnp.where(got.visible, got.depths, 0.0).sum()
+
+    got = project(means, log_scales, quaternions, camera)
+    np.testing.assert_array_equal(got.visible, [True] + [False] * 6)
+    assert all(np.isfinite(leaf).all() for leaf in got)
+    gradients = jax.grad(total, argnums=(0, 1, 2))(means, log_scales, quaternions)
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+        np.testing.assert_array_equal(gradient[1:], 0.0)
+
+
+def test_degenerate_footprint_without_blur_is_invisible():
+    camera = Camera(np.eye(4, dtype=np.float32), np.diag([50.0, 50.0, 1.0]).astype("f"), 32, 32)
+    args = (
+        np.array([[0, 0, 2.0]], np.float32),
+        np.full((1, 3), -100.0, np.float32),
+        np.ones((1, 4), np.float32),
+    )
+    assert not project(*args, camera, blur=0.0).visible[0]
+    assert project(*args, camera).visible[0]
+
+
+def test_blur_may_be_traced():
+    camera = Camera(np.eye(4, dtype=np.float32), np.diag([50.0, 50.0, 1.0]).astype("f"), 32, 32)
+    args = (
+        np.array([[0, 0, 2.0]], np.float32),
+        np.full((1, 3), -3.0, np.float32),
+        np.ones((1, 4), np.float32),
+    )
+    width = jax.jit(lambda blur: project(*args, camera, blur=blur).variances[0, 0])
+    np.testing.assert_allclose(width(jnp.float32(1.3)) - width(jnp.float32(0.3)), 1.0, rtol=1e-5)
