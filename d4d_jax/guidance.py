@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from d4d_jax.registry import register
 from d4d_jax.typing import DenoiseFn
@@ -43,7 +44,7 @@ def concatenate(conditionings: Sequence[Condition]) -> Condition:
 @register("guidance", "classifier_free")
 def classifier_free(
     denoise: DenoiseFn,
-    scale: float | Array,
+    scale: ArrayLike,
     *,
     unconditional: ConditionFn = without_prompt,
     batched: bool = True,
@@ -72,8 +73,8 @@ def three_d_aware(
     denoise: DenoiseFn,
     static_denoise: DenoiseFn | None = None,
     *,
-    w1: float | Array = 7.0,
-    w2: float | Array = 0.5,
+    w1: ArrayLike = 7.0,
+    w2: ArrayLike = 0.5,
     unconditional: ConditionFn = without_prompt,
     static: ConditionFn = without_motion,
     batched: bool = True,

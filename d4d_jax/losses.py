@@ -27,7 +27,7 @@ def motion_reconstruction_loss(
     timestep: Int[Array, "b"],
     static: Float[Array, "b t h w c"],
     *,
-    snr_power: float = 0.0,
+    snr_power: float | int = 0.0,
 ) -> Float[Array, "b"]:
     """Squared error of every sample's latent motion magnitude (L_mr, Eq. 2).
 
@@ -55,8 +55,8 @@ def diffusion_losses(
     timestep: Int[Array, "b"],
     static: Float[Array, "b t h w c"] | None = None,
     *,
-    omega: float = 1.0,
-    snr_power: float = 0.0,
+    omega: float | int = 1.0,
+    snr_power: float | int = 0.0,
 ) -> dict[str, Float[Array, ""]]:
     """L = L_ldm + omega L_mr, means over the batch.
 

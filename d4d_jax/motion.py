@@ -19,7 +19,7 @@ def motion_magnitude(
     dynamic: Float[AnyArray, "*b t h w c"],
     static: Float[AnyArray, "*_b _t _h _w _c"],
     *,
-    scale: float = PIXEL_SCALE,
+    scale: float | int = PIXEL_SCALE,
     reduction: str = "mean",
 ) -> Float[Array, "*b"]:
     """Mean over frames of the squared distance between dynamic and static frames (Eq. 1).

@@ -64,7 +64,7 @@ class DDIM:
       eta: share of fresh noise: 0 is deterministic, 1 has the variance of ancestral sampling.
     """
 
-    eta: float = 0.0
+    eta: float | int = 0.0
 
     @property
     def stochastic(self) -> bool:
@@ -158,7 +158,7 @@ def ddim(
     conditioning: Any = None,
     *,
     num_steps: int = 50,
-    eta: float = 0.0,
+    eta: float | int = 0.0,
     spacing: str = "leading",
     final: str = "first",
     key: Key[Array, ""] | None = None,

@@ -10,6 +10,7 @@ A noisy sample is x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise, with t an inte
 Tables are computed in float64 and stored in float32.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_alphas_cumprod(
-        cls, alphas_cumprod: ArrayLike, prediction: str = "eps"
+        cls, alphas_cumprod: Sequence[float] | ArrayLike, prediction: str = "eps"
     ) -> "NoiseSchedule":
         """Schedule from a table of abar_t, index 0 next to the data.
 

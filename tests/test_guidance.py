@@ -1,0 +1,141 @@
+"""Guidance: the algebra of Eq. 3 and what each branch is told."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d4d_jax import registry
+from d4d_jax.guidance import classifier_free, three_d_aware
+from d4d_jax.models.conditioning import Conditioning
+from d4d_jax.sampling import ddim
+from d4d_jax.schedules import cosine
+
+X = jax.random.normal(jax.random.key(0), (2, 3, 2, 2, 1))
+T = jnp.array([3, 500])
+CONDITIONING = Conditioning(
+    image=jnp.ones((2, 2, 2, 1)),
+    camera=jnp.broadcast_to(jnp.eye(4), (2, 3, 4, 4)),
+    motion=jnp.array([5.0, 10.0]),
+)
+
+
+def spread(value):
+    return jnp.reshape(value, (-1, 1, 1, 1, 1))
+
+
+def network(x_t, timestep, conditioning):
+    """Adds 100 for a prompt and the motion magnitude for a motion that is not dropped."""
+    ones = jnp.ones((x_t.shape[0],))
+    kept = ones if conditioning.drop_prompt is None else ~conditioning.drop_prompt
+    moving = ones if conditioning.drop_motion is None else ~conditioning.drop_motion
+    assert conditioning.camera.shape[0] == x_t.shape[0] == timestep.shape[0]
+    return x_t + spread(100.0 * kept + conditioning.motion * moving + 0.001 * timestep)
+
+
+COND, UNCOND, STILL = (
+    X + spread(extra + 0.001 * T)
+    for extra in (100.0 + CONDITIONING.motion, jnp.zeros(2), jnp.full((2,), 100.0))
+)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_classifier_free_extrapolates_from_unconditional_to_conditional(batched):
+    guided = classifier_free(network, 3.0, batched=batched)(X, T, CONDITIONING)
+    np.testing.assert_allclose(guided, UNCOND + 3.0 * (COND - UNCOND), rtol=1e-5)
+
+
+def test_scale_one_is_the_network_and_zero_ignores_the_prompt():
+    one = classifier_free(network, 1.0)(X, T, CONDITIONING)
+    np.testing.assert_allclose(one, COND, rtol=1e-5)
+    zero = classifier_free(network, 0.0)(X, T, CONDITIONING)
+    np.testing.assert_allclose(zero, UNCOND, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_three_d_aware_is_equation_three(batched):
+    guided = three_d_aware(network, batched=batched)(X, T, CONDITIONING)
+    expected = COND + 7.0 * (COND - UNCOND) + 0.5 * (COND - STILL)
+    np.testing.assert_allclose(guided, expected, rtol=1e-5)
+
+
+def test_a_separate_static_network_gets_the_conditioning_unchanged():
+    def static(x_t, timestep, conditioning):
+        assert conditioning is CONDITIONING
+        return 0.25 * x_t
+
+    guided = three_d_aware(network, static, w1=2.0, w2=0.5)(X, T, CONDITIONING)
+    expected = COND + 2.0 * (COND - UNCOND) + 0.5 * (COND - 0.25 * X)
+    np.testing.assert_allclose(guided, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("w1", "w2"), [(0.0, 0.0), (7.0, 0.5), (3.0, 0.0), (0.0, 2.0)])
+def test_weights_sum_to_one(w1, w2):
+    """Where all branches agree, guidance changes nothing."""
+    guided = three_d_aware(lambda x, t, c: 2.0 * x, w1=w1, w2=w2)(X, T, CONDITIONING)
+    np.testing.assert_allclose(guided, 2.0 * X, rtol=1e-5)
+
+
+def test_without_the_static_branch_it_is_classifier_free():
+    plain = classifier_free(network, 8.0)(X, T, CONDITIONING)
+    np.testing.assert_allclose(
+        three_d_aware(network, w1=7.0, w2=0.0)(X, T, CONDITIONING), plain, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("w1", "w2", "size"), [(7.0, 0.5, 6), (7.0, 0, 4), (0, 0.5, 4), (0, 0, 2)])
+def test_one_call_computes_the_branches_that_are_needed(w1, w2, size):
+    sizes = []
+
+    def counting(x_t, timestep, conditioning):
+        sizes.append(x_t.shape[0])
+        return network(x_t, timestep, conditioning)
+
+    three_d_aware(counting, w1=w1, w2=w2)(X, T, CONDITIONING)
+    assert sizes == [size]
+
+
+def test_weights_may_be_traced():
+    def run(w1, w2):
+        return three_d_aware(network, w1=w1, w2=w2)(X, T, CONDITIONING)
+
+    np.testing.assert_allclose(jax.jit(run)(7.0, 0.5), run(7.0, 0.5), rtol=1e-5)
+
+
+def test_velocity_and_noise_are_guided_alike():
+    """Eq. 3 on v equals Eq. 3 on the noise that v stands for."""
+    schedule = cosine()
+    guided = three_d_aware(network)(X, T, CONDITIONING)
+
+    def noise(x_t, timestep, conditioning):
+        return schedule.to_eps(network(x_t, timestep, conditioning), x_t, timestep)
+
+    np.testing.assert_allclose(
+        schedule.to_eps(guided, X, T), three_d_aware(noise)(X, T, CONDITIONING), rtol=1e-4
+    )
+
+
+def test_any_conditioning_works_with_functions_and_inside_a_sampler():
+    """A plain closure whose condition is a dictionary, built by name."""
+    spec = {"name": "three_d_aware", "w1": 1.0, "w2": 0.5}
+
+    def denoise(x_t, timestep, conditioning):
+        return conditioning["level"][:, None] * jnp.ones_like(x_t)
+
+    guided = registry.build(
+        "guidance",
+        spec
+        | {
+            "denoise": denoise,
+            "unconditional": lambda c: {"level": 0.0 * c["level"]},
+            "static": lambda c: {"level": 0.5 * c["level"]},
+        },
+    )
+    level = jnp.array([1.0, 2.0])
+    noise = jax.random.normal(jax.random.key(0), (2, 3))
+    run = functools.partial(ddim, guided, cosine(prediction="x0"), num_steps=3, final="one")
+    np.testing.assert_allclose(
+        run(noise, {"level": level}), np.repeat(level[:, None], 3, 1) * 2.25, rtol=1e-5
+    )

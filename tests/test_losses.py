@@ -1,0 +1,78 @@
+"""Losses: the minimum, the motion term and its weight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d4d_jax.losses import denoising_loss, diffusion_losses, motion_reconstruction_loss
+from d4d_jax.schedules import PREDICTIONS, cosine, scaled_linear
+
+TIMES = jnp.array([100, 600])
+
+
+def batch():
+    return jax.random.normal(jax.random.key(0), (3, 2, 4, 2, 2, 3))  # clean, noise, static
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_true_answer_costs_nothing(prediction):
+    schedule = cosine(prediction=prediction)
+    x0, noise, static = batch()
+    answer = schedule.target(x0, noise, TIMES)
+    losses = diffusion_losses(schedule, answer, x0, noise, TIMES, static)
+    assert losses["denoising"] == 0.0
+    np.testing.assert_allclose(losses["motion"], 0.0, atol=1e-8)
+    assert set(losses) == {"loss", "denoising", "motion"}
+
+
+def test_denoising_loss_is_the_mean_square_of_every_sample():
+    schedule = cosine(prediction="v")
+    x0, noise, _ = batch()
+    answer = schedule.target(x0, noise, TIMES)
+    off = answer + jnp.array([0.5, -2.0]).reshape(2, 1, 1, 1, 1)
+    np.testing.assert_allclose(
+        denoising_loss(schedule, off, x0, noise, TIMES), [0.25, 4.0], rtol=1e-5
+    )
+
+
+def test_motion_loss_sees_the_motion_that_the_prediction_implies():
+    """A clip predicted to stand still misses exactly the true magnitude."""
+    schedule = cosine(prediction="x0")
+    x0, noise, static = batch()
+    still = motion_reconstruction_loss(schedule, static, x0, noise, TIMES, static)
+    magnitude = jnp.square(x0 - static).mean((1, 2, 3, 4))
+    np.testing.assert_allclose(still, magnitude**2, rtol=1e-5)
+
+
+def test_snr_weight_tames_the_noisy_end_under_eps():
+    schedule, times = scaled_linear(), jnp.array([50, 981])
+    x0, noise, static = batch()
+    off = noise + 0.3 * static
+    options = (schedule, off, x0, noise, times, static)
+    plain = motion_reconstruction_loss(*options)
+    even = motion_reconstruction_loss(*options, snr_power=2.0)
+    np.testing.assert_allclose(even[0], plain[0])  # more signal than noise: weight 1
+    np.testing.assert_allclose(even[1], plain[1] * schedule.snr(times)[1] ** 2, rtol=1e-5)
+    assert plain[1] > 1e3 * even[1]
+
+
+def test_total_is_the_weighted_sum_and_motion_is_optional():
+    schedule = cosine()
+    x0, noise, static = batch()
+    both = diffusion_losses(schedule, x0, x0, noise, TIMES, static, omega=0.25)
+    np.testing.assert_allclose(both["loss"], both["denoising"] + 0.25 * both["motion"], rtol=1e-6)
+    alone = diffusion_losses(schedule, x0, x0, noise, TIMES)
+    assert alone["loss"] == both["denoising"] and "motion" not in alone
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_gradients_are_finite_where_no_signal_is_left(prediction):
+    schedule = cosine(prediction=prediction)
+    x0, noise, static = batch()
+    times = jnp.array([0, 999])
+
+    def loss(answer):
+        return diffusion_losses(schedule, answer, x0, noise, times, static, snr_power=1.0)["loss"]
+
+    assert jnp.isfinite(jax.grad(loss)(x0)).all()
