@@ -104,7 +104,7 @@ def build_loss(config: Config, network: Any, codec: Codec, schedule: NoiseSchedu
         time_key, noise_key, prompt_key, motion_key, dropout_key = jax.random.split(key, 5)
         latents = codec.encode(frozen["codec"], batch["dynamic"])
         static_latents = codec.encode(frozen["codec"], batch["static"])
-        timestep = jax.random.randint(time_key, size, 0, schedule.num_steps)
+        timestep = draw_timesteps(time_key, size, schedule.num_steps, options["timestep_shift"])
         noise = jax.random.normal(noise_key, latents.shape)
         conditioning = Conditioning(
             image=latents[:, 0],
@@ -134,6 +134,17 @@ def build_loss(config: Config, network: Any, codec: Codec, schedule: NoiseSchedu
         return terms.pop("loss"), terms
 
     return loss_fn
+
+
+def draw_timesteps(key: Array, shape: tuple[int, ...], num_steps: int, shift: float) -> Array:
+    """Returns random timesteps in [0, num_steps), int32; a `shift` above 1 favours noisy ones.
+
+    u becomes shift u / (1 + (shift - 1) u), as in Esser et al. 2024 (arXiv 2403.03206); with
+    shift 1 they are uniform. The noisiest steps decide what a sampled clip shows.
+    """
+    u = jax.random.uniform(key, shape)
+    u = shift * u / (1.0 + (shift - 1.0) * u)
+    return jnp.minimum((u * num_steps).astype(jnp.int32), num_steps - 1)
 
 
 def fit_codec(config: Config, codec: Codec) -> PyTree:

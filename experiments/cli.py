@@ -92,12 +92,11 @@ def _start_logging() -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags; unknown ones, and unknown configuration keys, end the process."""
     argv = list(argv)
-    if _default_config:
-        given = [a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))]
-        if not given:
-            argv.insert(1, f"--config={_default_config[0]}")
-        elif not os.path.isfile(given[-1].split(":")[0]):
-            _stop(f"There is no configuration file {given[-1].split(':')[0]}.", 2)
+    given = [a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))]
+    if given and not os.path.isfile(given[-1].split(":")[0]):
+        _stop(f"There is no configuration file {given[-1].split(':')[0]}.", 2)
+    if _default_config and not given:
+        argv.insert(1, f"--config={_default_config[0]}")
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:

@@ -15,13 +15,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"tiny.py takes no argument or 'smoke', not {arg!r}.")
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.num_steps = 7000
+    config.num_steps = 9500
     config.batch_size = 1
     config.ema_decay = 0.998
     config.log_every = 50
     config.checkpoint_every = 500
     config.sample_every = 0
-    config.keep_checkpoints = 2
+    config.keep_checkpoints = 3
 
     config.data = ml_collections.ConfigDict(
         dict(
@@ -56,13 +56,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         dict(
             omega=0.1,  # L_ldm + omega L_mr
             snr_power=0.0,
+            timestep_shift=4.0,  # above 1: more training at the noisy end
             drop_prompt=0.1,
             drop_motion=0.1,
         )
     )
     config.optimizer = ml_collections.ConfigDict(
         dict(
-            learning_rate=1.5e-3,
+            learning_rate=2e-3,
             warmup_steps=100,
             decay="cosine",  # to 0 at num_steps; or "constant"
             clip_norm=1.0,
@@ -76,9 +77,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def _make_small(config: ml_collections.ConfigDict) -> None:
     config.num_steps = 2
-    config.batch_size = 1
     config.log_every = config.checkpoint_every = 1
     config.data.size = 16
     config.codec.dim = 4
     config.network.update(width=8, multipliers=(1,), attention_levels=(), head_dim=8, groups=4)
+    config.network.temporal_conv = False
     config.optimizer.warmup_steps = 1
+    config.optimizer.decay = "constant"
