@@ -76,6 +76,7 @@ def project(
             resolution: to see in a w-pixel image what a W-pixel image shows, scale it by (w/W)^2.
         near: Splats with z at or below this are invisible.
     """
+    means, log_scales, quaternions = map(jnp.asarray, (means, log_scales, quaternions))
     rotation, translation = camera.world_to_camera[:3, :3], camera.world_to_camera[:3, 3]
     focal = jnp.stack([camera.intrinsics[0, 0], camera.intrinsics[1, 1]])
     centre = camera.intrinsics[:2, 2]

@@ -90,11 +90,12 @@ def composite(
         blank = jnp.zeros((height, width, num_features), screen.features.dtype)
         return Composite(blank, jnp.zeros((height, width), blank.dtype), jnp.zeros((), jnp.int32))
     capacity = default_capacity(n, width, height) if capacity is None else capacity
-    bins = bin_splats(lax.stop_gradient(screen), width=width, height=height, capacity=capacity)
+    fixed = ScreenSplats(*(lax.stop_gradient(leaf) for leaf in screen))
+    bins = bin_splats(fixed, width=width, height=height, capacity=capacity)
     table = jnp.concatenate(
         [screen.means2d, screen.conics, screen.opacities[:, None], screen.features], axis=-1
     )
-    blended = _blend(_Grid(width, height, alpha_max), table, bins.splats, bins.starts)
+    blended: Array = _blend(_Grid(width, height, alpha_max), table, bins.splats, bins.starts)
     return Composite(blended[..., :-1], blended[..., -1], bins.overflow)
 
 
@@ -242,17 +243,17 @@ def _backward(
         received = cotangents[tiles].transpose(1, 0, 2)  # (f g p)
 
         def advance(step: Array, begin: Array, end: Array, state: tuple) -> tuple:
-            *state, gradient = state
+            *pixels, gradient = state
             chunk = _read_chunk(grid, table, splats, begin, end, tiles, step)
             replay = functools.partial(_replay_one, grid.alpha_max, received)
-            state, (weights, energies) = lax.scan(
-                replay, tuple(state), (_peaks(chunk), chunk.features)
+            pixels, (weights, energies) = lax.scan(
+                replay, tuple(pixels), (_peaks(chunk), chunk.features)
             )
             rows = _splat_gradients(chunk, weights, energies, received)
             gradient = gradient.at[chunk.index.reshape(-1)].add(
                 rows.reshape(-1, rows.shape[-1]), mode="drop"
             )
-            return (*state, gradient)
+            return (*pixels, gradient)
 
         start = _start_transmittance(grid, tiles, table.dtype)
         state = (start, remainders[tiles], gradient)
