@@ -80,8 +80,7 @@ def oracle(scene, intrinsics, active, alpha_max=0.99, blur=0.3):
         direction = s["means"][k] + rotation.T @ translation
         dx, dy, dz = direction / np.linalg.norm(direction)
         basis = [0.28209479177387814] + [0.4886025119029199 * d for d in (-dy, dz, -dx)]
-        used = min(4, s["sh"].shape[1])
-        colour = np.maximum(np.array(basis[:used]) @ s["sh"][k, :used] + 0.5, 0.0)
+        colour = np.maximum(np.array(basis) @ s["sh"][k, :4] + 0.5, 0.0)
         opacity = 1 / (1 + np.exp(-s["opacity_logits"][k]))
         mean = focal * point[:2] / z + centre
         splats.append((z, mean, np.linalg.inv(cov), opacity, np.append(colour, z)))
@@ -122,7 +121,7 @@ def base(golden):
     scene["means"][stack] = np.linspace(0.3, -0.3, 7)[:, None] * np.array([0.2, -0.9, 0.3])
     scene["log_scales"][stack] = np.log(0.15)
     scene["opacity_logits"][stack] = 2.0
-    scene["sh"] = scene["sh"][:, :4]
+    scene["sh"] = scene["sh"] * (np.arange(16) < 4)[:, None]  # the oracle knows degree 1
     active = np.arange(N) % 11 != 10
     names = ("rgb", "alpha", "depth")
     cotangents = {name: golden[f"cotangent_{name}"] for name in names}
@@ -281,7 +280,7 @@ def test_order_of_the_splats_does_not_matter(base, implementation):
 
 def test_joint_rigid_motion_of_splats_and_camera_does_not_matter(base):
     scene, intrinsics, active, *_ = base
-    scene = scene | {"sh": scene["sh"] * np.array([1, 0, 0, 0], np.float32)[:, None]}
+    scene = scene | {"sh": scene["sh"] * (np.arange(16) < 1)[:, None]}
     half = 0.4
     axis = np.array([0.6, 0.0, 0.8])
     cross = np.array([[0, -0.8, 0], [0.8, 0, -0.6], [0, 0.6, 0]])
@@ -331,12 +330,11 @@ def test_overflow_is_counted_and_harmless(base):
     full = render(scene, intrinsics, active, implementation="tiled")
     pairs = covered_tiles(full, scene, intrinsics, active)
     assert 100 < pairs < CAPACITY
-    short = render(scene, intrinsics, active, implementation="tiled", capacity=100)
-    assert short.overflow == pairs - 100
+    assert full.overflow == 0
+    short = render(scene, intrinsics, active, implementation="tiled", capacity=pairs - 7)
+    assert short.overflow == 7
     assert np.isfinite(short.rgb).all() and np.asarray(short.alpha).max() <= 1.0
-    tight = render(scene, intrinsics, active, implementation="tiled", capacity=pairs)
-    assert tight.overflow == 0
-    np.testing.assert_array_equal(tight.rgb, full.rgb)
+    assert np.abs(short.rgb - full.rgb).max() > 0.0
 
 
 def orbiting(base, n=3) -> Camera:
@@ -465,8 +463,8 @@ def test_bad_calls_are_answered_in_a_sentence(base):
         rasterize(splats, cameras, BACKGROUND)
     with pytest.raises(ValueError, match="capacity 0 leaves no room"):
         rasterize(splats, cameras[0], BACKGROUND, capacity=0)
-    with pytest.raises(ValueError, match="Degree 3 was asked for"):
-        rasterize(splats, cameras[0], BACKGROUND, sh_degree=3)
+    with pytest.raises(ValueError, match="Degree 4 was asked for"):
+        rasterize(splats, cameras[0], BACKGROUND, sh_degree=4)
     batch = jax.tree.map(lambda leaf: leaf[None], splats)
     with pytest.raises(ValueError, match="map over the sets"):
         rasterize(batch, cameras[0], BACKGROUND)
