@@ -110,8 +110,10 @@ def three_d_aware(
         if use_s and static_denoise is not None:
             others.append(static_denoise(x_t, timestep, conditioning))
         weights = [w for w, used in ((w1, use_u), (w2, use_s)) if used]
-        steps = [w * (cond - other) for w, other in zip(weights, others, strict=True)]
-        return sum(steps, start=cond)
+        result = cond
+        for weight, other in zip(weights, others, strict=True):
+            result = result + jnp.asarray(weight) * (cond - other)
+        return result
 
     return guided
 

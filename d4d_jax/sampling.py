@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Key
 
 from d4d_jax.registry import build, register
 from d4d_jax.schedules import NoiseSchedule
-from d4d_jax.typing import AnyArray, DenoiseFn
+from d4d_jax.typing import DenoiseFn
 
 FINALS = ("first", "one")
 
@@ -23,8 +23,8 @@ FINALS = ("first", "one")
 class Level(NamedTuple):
     """A noise level: x = signal * x0 + sigma * noise."""
 
-    signal: Float[AnyArray, "*n"]
-    sigma: Float[AnyArray, "*n"]
+    signal: Float[Array, "*n"]
+    sigma: Float[Array, "*n"]
 
 
 @runtime_checkable

@@ -213,7 +213,7 @@ def test_reference_latent_joins_the_first_or_all_frames(concat, touched):
 
 
 def test_gradients_are_finite_and_reach_every_parameter():
-    fields = SMALL | {"multipliers": (1,), "init_heads": 0}
+    fields = SMALL | {"multipliers": (1,), "init_heads": 0}  # the middle has every kind of layer
     model, inputs = SpatioTemporalUNet(**fields), example(fields, batch=1, size=8)
     params = randomised(model, inputs)
 
@@ -292,5 +292,7 @@ def test_a_network_of_tokens_says_that_it_got_none():
 def test_bad_fields_are_named():
     with pytest.raises(ValueError, match="do not split into heads of 5"):
         shapes_of(SMALL | {"head_dim": 5}, example(SMALL))
+    with pytest.raises(ValueError, match="needs a context_dim above 0"):
+        shapes_of(SMALL | {"context_dim": 0}, example(SMALL))
     with pytest.raises(ValueError, match="image_concat is one of"):
         shapes_of(SMALL | {"image_concat": "last"}, example(SMALL))

@@ -5,7 +5,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
-from d4d_jax.models.layers import Dense, convolution, zeros
+from d4d_jax.models.layers import Dense, convolution, fan_in_uniform, zeros
+from d4d_jax.typing import AnyArray
 
 
 def sinusoidal(
@@ -30,8 +31,8 @@ class EmbeddingMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
         x = nn.silu(Dense(self.width, dtype=self.dtype, name="linear_1")(x))
-        options = {"kernel_init": zeros} if self.zero_init else {}
-        return Dense(self.width, dtype=self.dtype, name="linear_2", **options)(x)
+        kernel_init = zeros if self.zero_init else fan_in_uniform
+        return Dense(self.width, True, kernel_init, self.dtype, name="linear_2")(x)
 
 
 class MotionEmbedding(nn.Module):
@@ -49,12 +50,12 @@ class MotionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(
-        self, motion: Float[Array, "b"], drop: Bool[Array, "b"] | None = None
+        self, motion: Float[AnyArray, "b"], drop: Bool[AnyArray, "b"] | None = None
     ) -> Float[Array, "b d"]:
         if self.null not in ("learnt", "zero"):
             raise ValueError(f"The null motion embedding is 'learnt' or 'zero', not {self.null!r}.")
         mlp = EmbeddingMLP(self.width, zero_init=True, dtype=self.dtype, name="mlp")
-        embedding = mlp(motion[:, None] * self.input_scale)
+        embedding = mlp(jnp.asarray(motion)[:, None] * self.input_scale)
         null = jnp.zeros((self.width,), self.dtype)
         if self.null == "learnt":
             null = self.param("null", zeros, (self.width,), jnp.float32).astype(self.dtype)

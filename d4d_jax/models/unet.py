@@ -8,6 +8,7 @@ text network; `VARIANTS` holds named sets of fields.
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
@@ -108,6 +109,8 @@ class SpatioTemporalUNet(nn.Module):
             network needs and did not get.
         """
         self._check(x_t, conditioning)
+        x_t, timestep = jnp.asarray(x_t), jnp.asarray(timestep)
+        conditioning = jax.tree.map(jnp.asarray, conditioning)
         embedding = self._embed(x_t, timestep, conditioning)
         context = self._context(conditioning)
         x = self._with_image(x_t, conditioning).astype(self.dtype)
@@ -167,7 +170,7 @@ class SpatioTemporalUNet(nn.Module):
             if motion is None:
                 motion, drop = jnp.zeros((b,)), jnp.ones((b,), bool)
             motion_mlp = MotionEmbedding(**size, null=self.motion_null, name="motion_embedding")
-            clip += motion_mlp(jnp.asarray(motion), drop)
+            clip += motion_mlp(motion, drop)
         embedding = jnp.broadcast_to(clip[:, None], (b, t, clip.shape[-1]))
         if self.camera_embedding:
             poses = jnp.asarray(conditioning.camera).reshape(b, t, 16)
@@ -179,7 +182,7 @@ class SpatioTemporalUNet(nn.Module):
         """Text tokens, then image tokens, with dropped prompts replaced; (b n d)."""
         tokens = []
         if self.context_dim and conditioning.context is not None:
-            text = jnp.asarray(conditioning.context)
+            text = conditioning.context
             null = conditioning.null_context
             tokens.append(_drop(text, conditioning.drop_prompt, 0.0 if null is None else null))
         if self.context_dim and self.image_tokens:
@@ -196,7 +199,7 @@ class SpatioTemporalUNet(nn.Module):
     def _with_image(self, x_t: Array, conditioning: Conditioning) -> Array:
         """Noisy latents with the reference latent behind them on the channel axis."""
         if self.image_concat == "none":
-            return jnp.asarray(x_t)
+            return x_t
         b, t, h, w, _ = x_t.shape
         image = _drop(jnp.asarray(conditioning.image), conditioning.drop_prompt, 0.0)[:, None]
         position = (jnp.arange(t) / max(t - 1, 1)).reshape(1, t, 1, 1, 1)
@@ -207,17 +210,22 @@ class SpatioTemporalUNet(nn.Module):
         position = jnp.broadcast_to(position, (b, t, h, w, 1))
         return jnp.concatenate([x_t, image, position], axis=-1)
 
-    def _check(self, x_t: Array, conditioning: Conditioning) -> None:
+    def _check(self, x_t: AnyArray, conditioning: Conditioning) -> None:
         b, t, h, w, c = x_t.shape
         factor = 2 ** (len(self.multipliers) - 1)
         if h % factor or w % factor:
-            raise ValueError(f"Latents of {h} x {w} cannot be halved into multiples of {factor}.")
+            raise ValueError(
+                f"Latents of {h} x {w} cannot be halved for {len(self.multipliers)} levels: both"
+                f" sides must be multiples of {factor}."
+            )
         if c != self.in_channels:
             raise ValueError(
                 f"The network takes {self.in_channels} channels; the latents have {c}."
             )
         if self.image_concat not in IMAGE_CONCATS:
             raise ValueError(f"image_concat is one of {IMAGE_CONCATS}, not {self.image_concat!r}.")
+        if self.image_tokens and not self.context_dim:
+            raise ValueError("image_tokens makes context tokens and needs a context_dim above 0.")
         camera, image = conditioning.camera, conditioning.image
         if self.camera_embedding and (camera is None or camera.shape != (b, t, 4, 4)):
             given = "none" if camera is None else f"cameras {camera.shape}"
@@ -295,8 +303,9 @@ class Level(nn.Module):
         return x, outputs
 
 
-def _drop(value: Array, mask: Array | None, replacement: ArrayLike) -> Array:
+def _drop(value: AnyArray, mask: AnyArray | None, replacement: ArrayLike) -> Array:
     """`replacement` where the per-sample mask is True."""
+    value = jnp.asarray(value)
     if mask is None:
         return value
     return jnp.where(jnp.reshape(mask, (-1,) + (1,) * (value.ndim - 1)), replacement, value)

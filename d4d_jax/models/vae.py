@@ -52,7 +52,8 @@ class PatchPCA:
                 f"The codec was fitted to {params['mean'].shape[0] // self.factor**2} channels;"
                 f" the images have {images.shape[-1]}."
             )
-        return (patches - params["mean"]) @ (params["basis"] / params["scale"])
+        centred = jnp.asarray(patches - params["mean"])
+        return centred @ jnp.asarray(params["basis"] / params["scale"])
 
     def decode(
         self, params: dict[str, AnyArray], latents: Float[AnyArray, "*b h w d"]
