@@ -87,9 +87,9 @@ def draw(
         pairs = pair_capacity(pairs + int(render.overflow))
 
 
-def pair_capacity(wanted: float) -> int:
+def pair_capacity(wanted: float | int) -> int:
     """The least power of two that holds `wanted` pairs: few sizes, so few compilations."""
-    return 2 ** max(12, math.ceil(math.log2(max(wanted, 1))))
+    return 2 ** max(8, math.ceil(math.log2(max(wanted, 1))))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

@@ -1,5 +1,6 @@
 """What a reconstruction derives from a clip before its first step: views, and first splats."""
 
+import functools
 import math
 from typing import Any
 
@@ -90,6 +91,7 @@ def first_splats(
             clip.camera,
             num_splats=num_splats,
             tolerance=tolerance,
+            resolution=_hull_resolution(clip),
             **options,
         )
     except ValueError:
@@ -123,37 +125,99 @@ def add_window_splats(
     num_windows: int,
     key: jax.Array,
     min_mismatch: float = 0.15,
+    min_coverage: float = 0.98,
     opacity: float = 0.6,
 ) -> tuple[Splats, PyTree]:
     """Adds splats that live in one window of frames only, where the object left its static pose.
 
-    They lie on the hull of the window's own silhouettes (one may miss a point, since the object
-    moves). The budget is shared out in proportion to the mismatch of the windows; windows below
-    `min_mismatch`, or whose silhouettes agree on nothing, get none.
+    They lie on the hull of the window's own silhouettes. That is a body only if the object hardly
+    moves within the window, so windows whose hull leaves parts of the silhouettes uncovered get
+    none, as do those that differ from the static silhouettes by less than `min_mismatch`. The
+    budget is shared out in proportion to the mismatch.
+
+    Args:
+        clip: with dynamic and static frames; without them nothing is added.
+        splats: with free slots.
+        field: gives the new splats their lifespan.
+        params: of the field.
+        budget: most splats to add.
+        num_windows: equal windows that the clip is cut into.
+        key: places the splats.
+        min_mismatch: 1 - IoU.
+        min_coverage: fraction of the silhouettes, mean over the window.
+        opacity: of the new splats, in (0, 1).
     """
-    windows = [w for w in pose_windows(clip, num_windows) if w[2] >= min_mismatch]
-    total = sum(mismatch for _, _, mismatch in windows)
-    masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip)
-    for number, (first, last, mismatch) in enumerate(windows):
-        count = math.floor(budget * mismatch / total)
-        chosen = slice(first, last + 1)
-        try:
-            born = initialize.visual_hull(
-                np.asarray(clip.dynamic[chosen]),
-                masks[chosen],
-                clip.camera[chosen],
-                num_splats=count,
-                tolerance=1,
-                sh_degree=splats.sh_degree,
-                opacity=opacity,
-                key=jax.random.fold_in(key, number),
+    bodies = []
+    for first, last, mismatch in pose_windows(clip, num_windows):
+        if mismatch >= min_mismatch:
+            hull = functools.partial(
+                _window_hull, clip, slice(first, last + 1), splats.sh_degree, opacity, key
             )
-        except ValueError:
-            continue
-        splats, members = _append(splats, born)
-        start, stop = float(clip.timestamps[first]), float(clip.timestamps[last])
-        params = field.with_window(params, members, start, stop)
+            probe = hull(num_splats=budget, tolerance=0)
+            if probe is not None and _coverage(probe, clip, first, last) >= min_coverage:
+                bodies.append((first, last, mismatch, hull))
+    total = sum(mismatch for _, _, mismatch, _ in bodies)
+    for first, last, mismatch, hull in bodies:
+        # One silhouette may miss a point: the object does move a little.
+        born = hull(num_splats=math.floor(budget * mismatch / total), tolerance=1)
+        if born is not None:
+            splats, members = _append(splats, born)
+            start, stop = float(clip.timestamps[first]), float(clip.timestamps[last])
+            params = field.with_window(params, members, start, stop)
     return splats, params
+
+
+def _window_hull(
+    clip: OrbitClip,
+    window: slice,
+    sh_degree: int,
+    opacity: float,
+    key: jax.Array,
+    *,
+    num_splats: int,
+    tolerance: int,
+) -> Splats | None:
+    """Splats on the hull of a window of the dynamic orbit; None where the silhouettes disagree."""
+    masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip)
+    try:
+        return initialize.visual_hull(
+            np.asarray(clip.dynamic[window]),
+            masks[window],
+            clip.camera[window],
+            num_splats=num_splats,
+            tolerance=tolerance,
+            resolution=_hull_resolution(clip),
+            sh_degree=sh_degree,
+            opacity=opacity,
+            key=jax.random.fold_in(key, window.start),
+        )
+    except ValueError:
+        return None
+
+
+def _hull_resolution(clip: OrbitClip) -> int:
+    """Voxels along the object: about one per pixel of a frame it fills, within reason."""
+    return min(144, max(24, clip.camera.width))
+
+
+def _coverage(body: Splats, clip: OrbitClip, first: int, last: int, cells: int = 16) -> float:
+    """The fraction of the silhouettes of some dynamic frames that a body's splats fall on.
+
+    Judged on a grid of `cells` x `cells` over the image; mean over the frames.
+    """
+    masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip)
+    points, size = np.asarray(body.means), np.array([clip.camera.width, clip.camera.height])
+    covered = []
+    for i in range(first, last + 1):
+        pose, intrinsics = clip.camera[i].world_to_camera, clip.camera[i].intrinsics
+        pixels = (points @ pose[:3, :3].T + pose[:3, 3]) @ np.asarray(intrinsics).T
+        cell = np.clip(pixels[:, :2] / pixels[:, 2:] / size * cells, 0, cells - 1).astype(int)
+        hit = np.zeros((cells, cells), bool)
+        hit[cell[:, 1], cell[:, 0]] = True
+        rows, columns = ((np.arange(cells) + 0.5) / cells * n for n in masks.shape[1:])
+        inside = masks[i][np.ix_(rows.astype(int), columns.astype(int))] > 0.5
+        covered.append((hit & inside).sum() / max(inside.sum(), 1))
+    return float(np.mean(covered))
 
 
 def _append(splats: Splats, born: Splats) -> tuple[Splats, Bool[jax.Array, "n"]]:

@@ -193,7 +193,7 @@ def reconstruct(
     splats = preparation.first_splats(
         clip, config.num_splats, config.capacity, config.sh_degree, first_key
     )
-    state = create_state(splats, field.init(field_key, splats), config.rates)
+    state = create_state(splats, field, jax.jit(field.init)(field_key, splats), config.rates)
     fit = _Fit(clip, config, field, static_time, callback)
     for number, (name, stage) in enumerate(fit.stages.items()):
         if name == "coarse":
@@ -234,7 +234,7 @@ def _with_window_splats(
         num_windows=config.num_windows,
         key=key,
     )
-    return create_state(splats, params, config.rates)
+    return create_state(splats, field, params, config.rates)
 
 
 class _Fit:
@@ -269,7 +269,9 @@ class _Fit:
         order, opened = view_order(
             view_key, stage, self.clip.num_frames, self.clip.static is not None
         )
-        state = create_state(state.splats, state.params["deformation"], self.config.rates)
+        state = create_state(
+            state.splats, self.field, state.params["deformation"], self.config.rates
+        )
         decay = stage.end_rate / stage.start_rate
         splats = int(state.active.sum())
         for i in range(stage.steps):
@@ -282,7 +284,13 @@ class _Fit:
             self.seconds.append(time.perf_counter() - begin)
             self.done += 1
             if self.config.density.refines_at(self.done):
-                state = self._densify(state, key)
+                state = densify(
+                    state,
+                    jax.random.fold_in(key, self.done),
+                    self.done,
+                    density=self.config.density,
+                    field=self.field,
+                )
                 splats = int(state.active.sum())
             if self.callback is not None:
                 psnr = -10 * math.log10(max(float(report.mse), 1e-10))
@@ -311,10 +319,6 @@ class _Fit:
                 " learning rates, or check the clip for frames that are not finite."
             )
         return state, report
-
-    def _densify(self, state: TrainState, key: jax.Array) -> TrainState:
-        key, number = jax.random.fold_in(key, self.done), jnp.asarray(self.done)
-        return densify(state, key, number, density=self.config.density, field=self.field)
 
     def _settings(self, name: str, scale: float) -> StepSettings:
         config = self.config

@@ -5,17 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d4d_jax import metrics
+from d4d_jax import cameras, clips, metrics
 from d4d_jax.data import synthetic
 from gaussians import preparation
+from gaussians.asset import pair_capacity
+from gaussians.deformation import build
 from gaussians.deformation.lifespan import Lifespan
 from gaussians.densify import AdaptiveDensity
 from gaussians.optimization import StepSettings, create_state, step
-from gaussians.reconstruct import LearningRates, LossWeights, ReconstructConfig, Stage
+from gaussians.reconstruct import ReconstructConfig, Stage, view_order
 from gaussians.reconstruct import reconstruct as run
-from gaussians.reconstruct import view_order
 
 FRAMES = 8
+TOO_FEW_PAIRS = 256
 FIELD = {
     "name": "lifespan",
     "knots": 5,
@@ -45,7 +47,17 @@ SHORT = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def clip():
-    return synthetic.make_clip(0, num_frames=FRAMES, size=32)
+    """A figure that rises by a quarter of its height and comes down again."""
+    figure = synthetic.make_scene(0)
+    scene = dataclasses.replace(figure, travel=np.tile([0.0, 0.0, 0.25], (len(figure.centres), 1)))
+    camera = cameras.orbit(FRAMES, width=32, height=32)
+    times = np.linspace(0, 1, FRAMES, dtype=np.float32)
+    dynamic, dynamic_alpha = synthetic.render(scene, camera, times)
+    static, static_alpha = synthetic.render(scene, camera, np.zeros_like(times))
+    front, front_alpha = synthetic.render(scene, cameras.stack([camera[0]] * FRAMES), times)
+    return clips.OrbitClip(
+        camera, times, dynamic, static, front, dynamic_alpha, static_alpha, front_alpha
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +105,12 @@ def test_callback_sees_every_step_and_splats_grow_within_the_capacity(clip):
         SHORT,
         fine=Stage(4),
         density=AdaptiveDensity(
-            start=4, stop=100, every=2, gradient_threshold=1e-7, reset_every=0, opacity_threshold=0
+            start=4,
+            stop=100,
+            every=2,
+            gradient_threshold=1e-7,
+            reset_every=0,
+            opacity_threshold=0.0,
         ),
     )
     asset = run(clip, config, jax.random.key(0), seen.append)
@@ -105,38 +122,42 @@ def test_callback_sees_every_step_and_splats_grow_within_the_capacity(clip):
 
 
 def test_too_small_a_pair_list_is_enlarged_without_a_trace_in_the_result(clip):
-    tight = dataclasses.replace(SHORT, num_splats=290, window_splats=0, pairs_per_splat=0.1)
-    roomy = dataclasses.replace(tight, pairs_per_splat=60.0)
+    roomy = dataclasses.replace(SHORT, coarse=Stage(0), fine=Stage(0))
+    tight = dataclasses.replace(roomy, pairs_per_splat=0.5)
+    assert pair_capacity(tight.pairs_per_splat * tight.capacity) == TOO_FEW_PAIRS
     assert_same(run(clip, tight, jax.random.key(0)), run(clip, roomy, jax.random.key(0)))
 
 
 def make_state(clip, pairs):
+    """A state, views and settings like those of the warm-up in `run`: they share compilations."""
     views = preparation.views_of(clip, 0.0)
-    splats = preparation.first_splats(clip, 100, 100, 0, jax.random.key(0))
+    splats = preparation.first_splats(clip, 200, 300, 0, jax.random.key(0))
+    field = build(FIELD)
     settings = StepSettings(
-        None, LossWeights(), LearningRates(), background=clip.background, pairs=pairs
+        None, CONFIG.weights, CONFIG.rates, background=clip.background, pairs=pairs
     )
-    return create_state(splats, {}, LearningRates()), views, settings
+    params = jax.jit(field.init)(jax.random.key(1), splats)
+    return create_state(splats, field, params, CONFIG.rates), views, settings
 
 
 def test_a_step_that_overflows_changes_nothing_and_says_so(clip):
-    state, views, settings = make_state(clip, pairs=16)
+    state, views, settings = make_state(clip, TOO_FEW_PAIRS)
     before = jax.tree.map(np.array, state)
-    after, report = step(state, views, jnp.asarray(0), jnp.asarray(1.0), settings=settings)
+    after, report = step(
+        state, views, jnp.asarray(0), jnp.asarray(1.0, jnp.float32), settings=settings
+    )
     assert int(report.overflow) > 0
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, after))
 
 
-def test_a_rate_of_zero_moves_nothing_and_one_moves_at_the_group_rates(clip):
-    state, views, settings = make_state(clip, pairs=4096)
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_the_first_step_moves_every_group_at_its_rate(clip, rate):
+    state, views, settings = make_state(clip, pair_capacity(8 * CONFIG.capacity))
     before = jax.tree.map(np.array, state.params["splats"])
-    state, _ = step(state, views, jnp.asarray(0), jnp.asarray(0.0), settings=settings)
-    jax.tree.map(np.testing.assert_array_equal, before, dict(state.params["splats"]))
-    state, _ = make_state(clip, pairs=4096)[0], None
-    state, _ = step(state, views, jnp.asarray(0), jnp.asarray(1.0), settings=settings)
+    state, _ = step(state, views, jnp.asarray(0), jnp.asarray(rate, jnp.float32), settings=settings)
     for name, value in state.params["splats"].items():
         largest = np.abs(np.asarray(value) - before[name]).max()
-        assert largest == pytest.approx(getattr(settings.rates, name), rel=1e-2)  # Adam's first
+        assert largest == pytest.approx(rate * getattr(settings.rates, name), rel=1e-2)
 
 
 def test_frames_that_are_not_finite_stop_the_run_with_the_step(clip):
@@ -189,11 +210,16 @@ def test_windows_far_from_the_static_pose_get_splats_of_their_own(clip):
     params = field.init(jax.random.key(1), splats)
     grown, params = preparation.add_window_splats(
         clip, splats, field, params, budget=20, num_windows=2, key=jax.random.key(2),
-        min_mismatch=0.0,
+        min_mismatch=0.0, min_coverage=0.0,
     )  # fmt: skip
     new = np.asarray(grown.active & ~splats.active)
     assert 15 <= new.sum() <= 20
     curves = np.asarray(params["curves"])
+    none, _ = preparation.add_window_splats(
+        clip, splats, field, params, budget=20, num_windows=2, key=jax.random.key(2),
+        min_mismatch=0.0, min_coverage=1.01,
+    )  # fmt: skip
+    assert np.array_equal(none.active, splats.active)
     assert not curves[:, ~new].any() and (curves[:, new].min(axis=0) < -5).all()
 
 

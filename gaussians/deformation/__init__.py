@@ -13,11 +13,11 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from d4d_jax import registry
-from d4d_jax.typing import PyTree
+from d4d_jax.typing import AnyArray, PyTree
 from gaussians.types import Splats
 
 #: A timestamp in [0, 1]: a Python number or a scalar array.
-Timestamp: TypeAlias = float | Float[Array, ""]
+Timestamp: TypeAlias = float | int | Float[AnyArray, ""]
 
 
 @runtime_checkable
