@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -48,6 +49,29 @@ def run(main: Callable[[], None]) -> NoReturn:
     """
     app.run(lambda _: _checked(main), flags_parser=_parse)
     sys.exit(0)
+
+
+def claim_workdir(
+    path: str | os.PathLike[str], outputs: Sequence[str], *, overwrite: bool
+) -> pathlib.Path:
+    """The folder for results, made if needed.
+
+    Args:
+        path: the folder.
+        outputs: names of what the binary is going to write there.
+        overwrite: whether it may replace what is there already.
+
+    Raises:
+        FileExistsError: one of the outputs is there and `overwrite` is not set.
+    """
+    workdir = pathlib.Path(path)
+    for name in outputs:
+        if (workdir / name).exists() and not overwrite:
+            raise FileExistsError(
+                f"{path} already holds {name}: choose another --workdir or add --overwrite."
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    return workdir
 
 
 def log_devices(mesh: Any = None) -> None:

@@ -15,15 +15,19 @@ from absl import flags, logging
 
 from d4d_jax import clips
 from experiments import cli, sample
-from experiments.reconstruct import ProgressLine, prepare_workdir, to_config, write_results
+from experiments.reconstruct import ProgressLine, outputs, to_config, write_results
 from gaussians.reconstruct import reconstruct
+
+#: The asset along the orbit; `orbit.mp4` is the sampled video.
+_ORBIT = "asset_orbit.mp4"
 
 
 def main() -> None:
     """Generates the asset that the command line asks for."""
     image, pipeline = sample.read_prompt()
     config = to_config(flags.FLAGS.config)
-    workdir = prepare_workdir(sample.WORKDIR.value, overwrite=sample.OVERWRITE.value)
+    written = ("orbit.mp4", "orbit_frames", *outputs(_ORBIT))
+    workdir = cli.claim_workdir(sample.WORKDIR.value, written, overwrite=sample.OVERWRITE.value)
     cli.log_devices()
     with cli.profile(workdir):
         sample.write_samples(sample.sample(image, pipeline), workdir)
@@ -32,7 +36,7 @@ def main() -> None:
         key = jax.random.key(sample.SEED.value)
         asset = reconstruct(clip, config, key, callback=ProgressLine())
     facts = {"prompt": sample.settings(), "measured_motion": clip.motion}
-    report = write_results(asset, clip, workdir, orbit="asset_orbit.mp4", facts=facts)
+    report = write_results(asset, clip, workdir, orbit=_ORBIT, facts=facts)
     logging.info("Wrote %s: %s", workdir, json.dumps(report))
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags, logging
@@ -39,40 +38,29 @@ _COLUMNS = 8
 
 def main() -> None:
     """Reconstructs the clip of the command line."""
-    config = flags.FLAGS.config
-    workdir = prepare_workdir(flags.FLAGS.workdir, overwrite=flags.FLAGS.overwrite)
-    size = (config.size, config.size) if config.size else None
-    clip = read_clip(flags.FLAGS.clip, size=size)
+    options = flags.FLAGS
+    size = (options.size, options.size) if options.size else None
+    clip = read_clip(options.clip, size=size)
+    config = to_config(options.config)
+    workdir = cli.claim_workdir(options.workdir, outputs(), overwrite=options.overwrite)
     cli.log_devices()
     with cli.profile(workdir):
-        asset = reconstruct(
-            clip, to_config(config), jax.random.key(config.seed), callback=ProgressLine()
-        )
+        key = jax.random.key(options.seed)
+        asset = reconstruct(clip, config, key, callback=ProgressLine())
     report = write_results(asset, clip, workdir)
     logging.info("Wrote %s: %s", workdir, json.dumps(report))
 
 
-def prepare_workdir(path: str, *, overwrite: bool) -> Path:
-    """The folder for results, made if needed.
-
-    Raises:
-        FileExistsError: it holds a finished run and `overwrite` is not set.
-    """
-    workdir = Path(path)
-    if (workdir / "report.json").exists() and not overwrite:
-        raise FileExistsError(
-            f"{path} already holds a finished run; choose another --workdir or add --overwrite."
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "report.json").unlink(missing_ok=True)
-    return workdir
+def outputs(orbit: str = "orbit.mp4") -> tuple[str, ...]:
+    """The names of the files that `write_results` writes."""
+    return ("asset.npz", "point_cloud.ply", orbit, "novel.mp4", "comparison.png", "report.json")
 
 
 def to_config(config: ml_collections.ConfigDict) -> ReconstructConfig:
-    """The library's configuration from `experiments/configs/reconstruct.py` or a part of it.
+    """The library's configuration from `experiments/configs/reconstruct.py` or one like it.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a key is no field of the configuration, or a value is out of its range.
     """
     return _to_dataclass(ReconstructConfig, config.to_dict())
 
@@ -97,9 +85,11 @@ def write_results(
     Returns:
         The report. `psnr` (dB) and `ssim` are means over the frames of a view set, None for a set
         that the clip lacks. `alpha_iou` compares silhouettes, where the clip has alpha.
-        `front_hold_still` is the PSNR of the first static frame against all front frames: what an
-        asset without motion could reach at best. `seconds` is the time of the fit.
+        `front_hold_still` is the PSNR of the first static frame against all front frames (those
+        equal to it left out): what an asset without motion could reach at best. `seconds` is the
+        time of the fit.
     """
+    (workdir / "report.json").unlink(missing_ok=True)  # It stands for a complete set of files.
     renders = {view: _render_view(asset, clip, view) for view in _VIEWS}
     io.save_asset(workdir / "asset.npz", asset)
     io.write_ply(workdir / "point_cloud.ply", asset.at(0.0))
@@ -120,7 +110,8 @@ def write_results(
         "implementation": asset.meta["implementation"],
         **(facts or {}),
     }
-    (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=1, allow_nan=False)
+    (workdir / "report.json").write_text(text + "\n", encoding="utf-8")
     return report
 
 
@@ -156,13 +147,13 @@ class ProgressLine:
 
 
 def _to_dataclass(kind: type, values: Mapping[str, Any]) -> Any:
-    """Builds a frozen dataclass from a nested dict; keys that it lacks are left to the caller."""
-    arguments = {}
-    for name, wanted in typing.get_type_hints(kind).items():
-        if name in values:
-            nested = dataclasses.is_dataclass(wanted)
-            arguments[name] = _to_dataclass(wanted, values[name]) if nested else values[name]
-    return kind(**arguments)
+    """A frozen dataclass from a nested dict."""
+    kinds = typing.get_type_hints(kind)
+    for name in values:
+        if name not in kinds:
+            raise ValueError(f"{name!r} is no field of {kind.__name__}; it has {', '.join(kinds)}.")
+    nested = {k: v for k, v in values.items() if dataclasses.is_dataclass(kinds[k])}
+    return kind(**values | {k: _to_dataclass(kinds[k], v) for k, v in nested.items()})
 
 
 def _render_view(
@@ -192,8 +183,16 @@ def _scores(
     scores: dict[str, float | None] = {}
     for view in _VIEWS:
         values = None if getattr(clip, view) is None else score(clip, view, renders[view])
-        scores[view] = None if values is None else round(float(jnp.mean(values)), 4)
+        scores[view] = None if values is None else _mean(values)
     return scores
+
+
+def _mean(values: Any) -> float | None:
+    """The mean of the finite values, rounded; None without any."""
+    values = np.asarray(values)
+    return (
+        round(float(values[np.isfinite(values)].mean()), 4) if np.isfinite(values).any() else None
+    )
 
 
 def _alpha_iou(clip: OrbitClip, view: str, render: tuple[np.ndarray, np.ndarray]) -> Any:
@@ -205,12 +204,14 @@ def _hold_still(clip: OrbitClip) -> float | None:
     if clip.front is None or clip.static is None:
         return None
     still = np.broadcast_to(np.asarray(clip.static)[:1], np.shape(clip.front))
-    return round(float(jnp.mean(metrics.psnr(still, clip.front))), 4)
+    return _mean(metrics.psnr(still, clip.front))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("clip", None, "Folder of the clip, in the published layout.", required=True)
     flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
     flags.DEFINE_bool("overwrite", False, "Replace the results of a finished run.")
+    flags.DEFINE_integer("seed", 0, "Places the first splats and orders the views.")
+    flags.DEFINE_integer("size", 0, "Pixels a side to resize the clip to; 0 keeps its size.")
     cli.define_config("reconstruct.py")
     cli.run(main)

@@ -5,20 +5,17 @@ Writes `orbit.mp4` (the moving object), `static.mp4` (the same object standing s
 reads, into the workdir.
 """
 
-import logging
 import pathlib
 import shutil
 import time
 
-from absl import flags
+from absl import flags, logging
 
 import d4d_jax
 from d4d_jax import clips, media
 from d4d_jax.pipeline import EMBEDDED, OrbitPipeline
 from d4d_jax.train.checkpoint import Checkpointer
 from experiments import cli
-
-_LOGGER = logging.getLogger("experiments.sample")  # also when run as __main__
 
 _PROMPT = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips" / "rabbit" / "multi_frame0.png"
 
@@ -38,19 +35,16 @@ flags.adopt_module_key_flags(cli)
 
 def main() -> None:
     """Samples and writes."""
-    workdir = pathlib.Path(WORKDIR.value)
-    if (workdir / "sheet.png").exists() and not OVERWRITE.value:
-        raise FileExistsError(
-            f"{workdir} already holds samples: choose another --workdir or add --overwrite."
-        )
     image, pipeline = read_prompt()
+    written = ("orbit.mp4", "orbit_frames", "static.mp4", "sheet.png")
+    workdir = cli.claim_workdir(WORKDIR.value, written, overwrite=OVERWRITE.value)
     cli.log_devices()
     with cli.profile(workdir):
         clip = sample(image, pipeline)
     write_samples(clip, workdir)
     media.write_video(workdir / "static.mp4", clip.static)
     media.write_image(workdir / "sheet.png", media.contact_sheet([clip.dynamic, clip.static]))
-    _LOGGER.info("Wrote %s.", workdir)
+    logging.info("Wrote %s.", workdir)
 
 
 def read_prompt() -> tuple[clips.AnyArray, OrbitPipeline]:
@@ -60,7 +54,7 @@ def read_prompt() -> tuple[clips.AnyArray, OrbitPipeline]:
 
 def sample(image: clips.AnyArray, pipeline: OrbitPipeline) -> clips.OrbitClip:
     """Samples the two orbits of `image` with the settings of the command line."""
-    _LOGGER.info("Sampling %d frames of %d x %d.", pipeline.num_frames, *2 * [pipeline.size])
+    logging.info("Sampling %d frames of %d x %d.", pipeline.num_frames, *2 * [pipeline.size])
     start = time.perf_counter()
     clip = pipeline(
         image,
@@ -70,7 +64,7 @@ def sample(image: clips.AnyArray, pipeline: OrbitPipeline) -> clips.OrbitClip:
         num_steps=_STEPS.value,
         seed=SEED.value,
     )
-    _LOGGER.info("Sampled in %.0f s.", time.perf_counter() - start)
+    logging.info("Sampled in %.0f s.", time.perf_counter() - start)
     return clip
 
 
@@ -88,9 +82,11 @@ def settings() -> dict[str, float | int | str]:
 
 
 def load_pipeline(path: str) -> OrbitPipeline:
-    """Returns the pipeline of a model file, or of the newest checkpoint of a training workdir.
+    """The pipeline of a model file, or of the newest checkpoint of a training workdir.
 
-    Raises FileNotFoundError when there is neither, ValueError when it cannot be read.
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: it cannot be read.
     """
     folder = pathlib.Path(path) / "checkpoints"
     if not pathlib.Path(path).is_dir():

@@ -78,8 +78,15 @@ def test_a_finished_run_is_not_overwritten_unless_told(finished, clip_folder):
     workdir, _ = finished
     result = run(f"--clip={clip_folder}", f"--workdir={workdir}", SMOKE)
     assert result.returncode == 1
-    assert "already holds a finished run" in result.stderr and "--overwrite" in result.stderr
+    assert "already holds asset.npz" in result.stderr and "--overwrite" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_mistaken_overwrite_costs_nothing(finished):
+    workdir, _ = finished
+    result = run("--clip=no/such/clip", f"--workdir={workdir}", SMOKE, "--overwrite")
+    assert result.returncode == 1
+    assert (workdir / "report.json").exists() and (workdir / "asset.npz").exists()
 
 
 @pytest.mark.parametrize(
@@ -104,10 +111,6 @@ def test_overwriting_is_possible_and_front_frames_may_be_missing(clip_folder, tm
     for stage in ("warmup", "coarse", "fine"):
         config[stage].steps = 1
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="already holds a finished run"):
-        binary.prepare_workdir(str(tmp_path), overwrite=False)
-    assert binary.prepare_workdir(str(tmp_path), overwrite=True) == tmp_path
-    assert not (tmp_path / "report.json").exists()
     bare = clips.OrbitClip(clip.camera, clip.timestamps, dynamic=clip.dynamic)
     asset = binary.reconstruct(bare, binary.to_config(config), jax.random.key(0))
     report = binary.write_results(asset, bare, tmp_path)
@@ -122,3 +125,13 @@ def test_the_default_configuration_is_the_library_s():
     assert fast.capacity < ReconstructConfig().capacity
     with pytest.raises(ValueError, match="not 'quick'"):
         configs.get_config("quick")
+    misspelt = configs.get_config()
+    misspelt.fine.step = 3
+    with pytest.raises(ValueError, match="'step' is no field of Stage; it has steps"):
+        binary.to_config(misspelt)
+
+
+def test_scores_of_identical_frames_are_left_out():
+    """The shipped clips' first front frame is their first static frame, exactly."""
+    assert binary._mean(np.array([np.inf, 10.0, 20.0])) == 15.0
+    assert binary._mean(np.array([np.inf])) is None

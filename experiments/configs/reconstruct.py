@@ -23,8 +23,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def _default() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.size = 0  # pixels a side to resize the clip to; 0 keeps the size of its files
     config.num_splats = 8000
     config.window_splats = 3000
     config.num_windows = 4
