@@ -114,7 +114,7 @@ def test_paper_text_network_has_the_published_size():
 
 def test_tiny_variant_is_tiny():
     fields = VARIANTS["tiny"]
-    inputs = example(fields, batch=1, frames=24, size=16)
+    inputs = example(fields, batch=1, frames=24, size=8)
     assert 1e6 < count(shapes_of(fields, inputs)) < 1.9e6
 
 
