@@ -207,19 +207,24 @@ def from_json(record: Mapping[str, Any], width: int, height: int) -> Camera:
     `matrix_world` (Blender axes) where those are absent.
 
     Raises:
-        ValueError: keys are missing, or the axes are not orthonormal.
+        ValueError: keys are missing, a value is no finite number or out of range, or the axes are
+            not orthonormal.
     """
-    missing = {"x_fov", "y_fov"} - set(record)
-    if missing or not ({"x", "y", "z", "origin"} <= set(record) or "matrix_world" in record):
+    by_axes = {"x", "y", "z", "origin"} <= set(record)
+    if not {"x_fov", "y_fov"} <= set(record) or not (by_axes or "matrix_world" in record):
         raise ValueError(
             "A camera needs x_fov, y_fov and either matrix_world or x, y, z and origin; got only"
             f" {sorted(record)}."
         )
-    if "origin" in record:
+    for name in ("x_fov", "y_fov"):
+        fov = record[name]
+        if not isinstance(fov, int | float) or not 0 < fov < math.pi:
+            raise ValueError(f"{name} must lie between 0 and pi radians; got {fov!r}.")
+    if by_axes:
         pose = np.eye(4, dtype=np.float32)
-        pose[:3] = np.stack([record[key] for key in ("x", "y", "z", "origin")], axis=1)
+        pose[:3] = np.stack([_numbers(record, key, 3) for key in ("x", "y", "z", "origin")], 1)
     else:
-        pose = opengl_to_opencv(np.asarray(record["matrix_world"], np.float32))
+        pose = opengl_to_opencv(_numbers(record, "matrix_world", 4, 4))
     rotation = pose[:3, :3]
     if not np.allclose(rotation.T @ rotation, np.eye(3), atol=1e-3) or np.linalg.det(rotation) < 0:
         raise ValueError(f"The camera axes are not a rotation: {rotation.tolist()}.")
@@ -232,6 +237,18 @@ def from_json(record: Mapping[str, Any], width: int, height: int) -> Camera:
         np.float32,
     )
     return Camera(invert(pose), intrinsics, width, height)
+
+
+def _numbers(record: Mapping[str, Any], key: str, *shape: int) -> np.ndarray:
+    """The array `record[key]`, checked."""
+    try:
+        values = np.asarray(record[key], np.float32)
+    except (TypeError, ValueError):
+        values = np.full((), np.nan)
+    if values.shape != shape or not np.isfinite(values).all():
+        wanted = " x ".join(map(str, shape))
+        raise ValueError(f"{key} must be {wanted} finite numbers; got {record[key]!r}.")
+    return values
 
 
 def stack(cameras: list[Camera]) -> Camera:

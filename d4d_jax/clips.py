@@ -21,6 +21,15 @@ from d4d_jax import cameras, motion, pytree
 from d4d_jax.cameras import Camera
 from d4d_jax.typing import Alpha, AnyArray, Frames
 
+#: What PIL raises for files that are no images, are cut short, or claim to be enormous.
+_UNREADABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+)
+
 Color = tuple[float, float, float]
 
 WHITE: Color = (1.0, 1.0, 1.0)
@@ -153,7 +162,9 @@ def read_clip(
 def write_clip(clip: OrbitClip, path: str | os.PathLike) -> None:
     """Writes a clip folder: frames (RGBA with straight colour where alpha is known) and cameras.
 
-    Reading it back gives the same clip up to the 8-bit rounding of PNG.
+    Reading it back on the same background gives the same frames up to the 8-bit rounding of PNG.
+    The layout has no place for principal points off the centre, uneven timestamps and a motion
+    magnitude that differs from that of the frames.
 
     Raises:
         FileExistsError: the folder already holds frames of a clip; nothing is overwritten.
@@ -189,11 +200,14 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """
     try:
         with Image.open(path) as file:
+            if file.mode.startswith("I"):  # 16-bit grey, which PIL would clip to 8 bits
+                grey = np.asarray(file, np.float32) / 65535
+                return np.repeat(grey[..., None], 3, axis=-1)
             has_alpha = "A" in file.getbands() or "transparency" in file.info
             return np.asarray(file.convert("RGBA" if has_alpha else "RGB"), np.float32) / 255
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no image {str(path)!r}.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"{str(path)!r} cannot be decoded ({error}); it may be truncated or no image."
         ) from error
@@ -235,7 +249,10 @@ def _read_orbit(folder: Path, num_frames: int, width: int, height: int) -> Camer
 
 def _read_camera(path: Path, width: int, height: int) -> Camera:
     try:
-        return cameras.from_json(json.loads(path.read_text(encoding="utf-8")), width, height)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"it holds {record!r} instead of a camera's fields.")
+        return cameras.from_json(record, width, height)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"The camera file {str(path)!r} is missing; give one for every frame or none at all."

@@ -152,8 +152,19 @@ def test_bad_input(call, sentence):
         call()
 
 
-def test_skewed_axes_are_refused():
-    record = cameras.to_json(cameras.orbit(3)[0])
-    record["x"] = [2.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="not a rotation"):
+@pytest.mark.parametrize(
+    "field, value, sentence",
+    [
+        ("x", [2.0, 0.0, 0.0], "not a rotation"),
+        ("x", [1.0, 0.0], "x must be 3 finite numbers"),
+        ("origin", "nowhere", "origin must be 3 finite numbers; got 'nowhere'"),
+        ("z", [float("nan"), 0.0, 0.0], "z must be 3 finite numbers"),
+        ("x_fov", 0, "x_fov must lie between 0 and pi radians; got 0"),
+        ("x_fov", float("nan"), "x_fov must lie between"),
+        ("y_fov", "0.6", "y_fov must lie between 0 and pi radians; got '0.6'"),
+    ],
+)
+def test_broken_camera_records(field, value, sentence):
+    record = cameras.to_json(cameras.orbit(3)[0]) | {field: value}
+    with pytest.raises(ValueError, match=sentence):
         cameras.from_json(record, 8, 8)

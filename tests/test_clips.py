@@ -125,6 +125,10 @@ def break_a_camera(folder):
     (folder / "multi2.json").write_text("{")
 
 
+def number_for_a_camera(folder):
+    (folder / "multi2.json").write_text("3")
+
+
 def not_an_image(folder):
     (folder / "front_frame1.png").write_text("no picture")
 
@@ -144,6 +148,7 @@ def empty(folder):
         (shorten_one_view, ValueError, "4 dynamic frames of 6 x 8, 3 static frames"),
         (lose_a_camera, FileNotFoundError, "multi2.json' is missing"),
         (break_a_camera, ValueError, "multi2.json' is no camera file"),
+        (number_for_a_camera, ValueError, "multi2.json' is no camera file: it holds 3"),
         (not_an_image, ValueError, "front_frame1.png' cannot be decoded"),
         (empty, FileNotFoundError, "holds no clip"),
         (shutil.rmtree, FileNotFoundError, "There is no clip folder"),
@@ -168,3 +173,5 @@ def test_read_image(tmp_path):
         clips.read_image(tmp_path / "absent.png")
     Image.new("L", (3, 2), 255).save(Path(tmp_path) / "grey.png")
     assert clips.read_image(tmp_path / "grey.png").shape == (2, 3, 3)
+    Image.fromarray(np.full((2, 3), 30000, np.uint16)).save(tmp_path / "deep.png")
+    np.testing.assert_allclose(clips.read_image(tmp_path / "deep.png"), 30000 / 65535, rtol=1e-5)

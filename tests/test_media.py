@@ -20,7 +20,7 @@ def test_mp4_holds_every_frame(video, tmp_path):
     again = iio.imread(tmp_path / "video.mp4", plugin="FFMPEG") / 255
     assert len(again) == 6
     small = again[:, 4::8, 4::8][:, :32, :33]
-    assert np.abs(small[:, ::-1][:, ::-1] - video).mean() < 0.06
+    assert np.abs(small - video).mean() < 0.06
     media.write_video(tmp_path / "again.mp4", video, fps=6)
     assert (tmp_path / "video.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
 
