@@ -140,3 +140,12 @@ def test_other_paths_that_cannot_be(asset, tmp_path):
     check("text.glb is named .glb but", asset=tmp_path / "text.glb")
     check("is a file, not a folder", out=asset)
     check("already holds files; give --overwrite", out=tmp_path)
+
+
+def test_overwriting_removes_the_frames_of_the_longer_clip(tmp_path):
+    names = ["multi_frame0.png", "multi_frame23.png", "multi23.json", "multi_static_frame23.png"]
+    others = ["notes.txt", "multi_frame.png", "front.json", "my_multi_frame3.png"]
+    for name in names + others:
+        (tmp_path / name).touch()
+    blender.delete_views(tmp_path, ("dynamic", "static"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)

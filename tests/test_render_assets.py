@@ -70,6 +70,25 @@ def test_clips_that_are_there_are_kept(table, blender, tmp_path, capsys):
     assert len((tmp_path / "calls").read_text().splitlines()) == 1
 
 
+def test_a_run_that_is_stopped_while_it_writes_leaves_no_clip(
+    table, blender, tmp_path, monkeypatch
+):
+    write = clips.write_clip
+
+    def write_half(clip, path):
+        write(clip, path)
+        (path / "multi_frame2.png").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(clips, "write_clip", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        make(table, blender, tmp_path / "out")
+    monkeypatch.setattr(clips, "write_clip", write)
+    assert make(table, blender, tmp_path / "out") == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ball"]
+    assert clips.read_clip(tmp_path / "out" / "ball").num_frames == 3
+
+
 def test_what_blender_says_is_passed_on(table, tmp_path, capsys):
     script = tmp_path / "failing"
     script.write_text("#!/bin/sh\necho 'There is no asset file balls/ball.glb.' >&2\nexit 1\n")

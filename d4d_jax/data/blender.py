@@ -23,6 +23,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--denoise", action="store_true", help="Open Image Denoise, 1.4 s a frame")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder with files")
+    parser.add_argument("--overwrite", action="store_true", help="replace the views in --out")
     parser.add_argument("--list_actions", action="store_true", help="print the names and stop")
     args = parser.parse_args(argv)
     if args.out is None and not args.list_actions:
@@ -322,6 +323,16 @@ def set_renderer(args):
     scene.view_settings.look = "None"
 
 
+def delete_views(out, views):
+    """Delete the frames and cameras of these views, of any number, and nothing else."""
+    for view in views:
+        for name in (FRAME_NAME[view], CAMERA_NAME[view]):
+            pattern = re.compile(re.escape(name).replace(r"\{\}", r"\d+"))
+            for path in list(Path(out).iterdir()):
+                if pattern.fullmatch(path.name):
+                    path.unlink()
+
+
 def render_clip(args, camera, times, bbox):
     """Render the asked views of the prepared scene and write their cameras."""
     import bpy
@@ -404,6 +415,7 @@ def run(args):
         bbox = normalise()
         camera = add_stage()
         set_renderer(args)
+        delete_views(args.out, args.views)  # --overwrite may have asked for fewer frames
         render_clip(args, camera, times, bbox)
     print(f"Rendered {name} of {args.asset} to {args.out}.")
 

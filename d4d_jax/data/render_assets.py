@@ -11,6 +11,7 @@ Clips that are there already are kept, so an interrupted run continues.
 import argparse
 import csv
 import dataclasses
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -122,10 +123,17 @@ def border_alpha(clip: clips.OrbitClip) -> float:
 
 
 def write_small(clip: clips.OrbitClip, path: Path) -> None:
-    """Writes a clip of the standard orbit without the camera files, which it does not need."""
-    clips.write_clip(clip, path)
-    for camera in path.glob("*.json"):
+    """Writes a clip of the standard orbit without the camera files, which it does not need.
+
+    The clip is written into a hidden folder beside `path`, which gets its name when it is
+    complete: whatever stops this, `path` is there whole or not at all.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped
+    clips.write_clip(clip, partial)
+    for camera in partial.glob("*.json"):
         camera.unlink()
+    partial.rename(path)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
