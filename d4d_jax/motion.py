@@ -4,8 +4,10 @@ Diffusion4D Eq. 1 compares every frame of the dynamic orbit with the frame of th
 from the same camera. The paper leaves the reduction and the scale open; here both are arguments.
 """
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Float
 
 from d4d_jax.typing import AnyArray
 
@@ -21,7 +23,7 @@ def motion_magnitude(
     *,
     scale: float | int = PIXEL_SCALE,
     reduction: str = "mean",
-) -> Float[Array, "*b"]:
+) -> Float[AnyArray, "*b"]:
     """Mean over frames of the squared distance between dynamic and static frames (Eq. 1).
 
     Args:
@@ -32,22 +34,24 @@ def motion_magnitude(
         up (the literal norm of Eq. 1). Frames are always averaged.
 
     Returns:
-      One non-negative number per clip, 0 for a clip without motion.
+      One non-negative number per clip, 0 for a clip without motion: a JAX array, or, when both
+      clips are numpy arrays, a numpy array that was computed without JAX.
 
     Raises:
       ValueError: the two clips differ in shape, or the reduction is unknown.
     """
-    dynamic, static = jnp.asarray(dynamic), jnp.asarray(static)
+    xp = jnp if any(isinstance(frames, jax.Array) for frames in (dynamic, static)) else np
+    dynamic, static = xp.asarray(dynamic), xp.asarray(static)
     if dynamic.shape != static.shape:
         raise ValueError(
             f"dynamic {dynamic.shape} and static {static.shape} frames must have the same shape."
         )
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {_REDUCTIONS}, not {reduction!r}.")
-    squared = jnp.square(dynamic.astype(jnp.float32) - static.astype(jnp.float32))
+    squared = xp.square(dynamic.astype(np.float32) - static.astype(np.float32))
     if reduction == "sum":
-        return scale * squared.sum((-3, -2, -1)).mean(-1)
-    return scale * squared.mean((-4, -3, -2, -1))
+        return xp.asarray(scale * squared.sum((-3, -2, -1)).mean(-1))
+    return xp.asarray(scale * squared.mean((-4, -3, -2, -1)))
 
 
 def latent_motion_magnitude(
@@ -55,6 +59,6 @@ def latent_motion_magnitude(
     static_latents: Float[AnyArray, "*_b _t _h _w _c"],
     *,
     reduction: str = "mean",
-) -> Float[Array, "*b"]:
+) -> Float[AnyArray, "*b"]:
     """Eq. 1 on latents, without the scale: the m of the motion reconstruction loss (Eq. 2)."""
     return motion_magnitude(latents, static_latents, scale=1.0, reduction=reduction)

@@ -241,3 +241,31 @@ def test_values_out_of_range_are_told(made, changes, words):
 def test_no_clips_at_all_are_told():
     with pytest.raises(ValueError, match="sequence of clips is empty"):
         pipeline.make_dataset([], batch_size=1)
+
+
+def test_a_source_decodes_for_all_its_users_once(folder, monkeypatch):
+    reads = []
+    read = clips.read_clip
+    monkeypatch.setattr(clips, "read_clip", lambda *a, **k: reads.append(a) or read(*a, **k))
+    source = pipeline.ClipSource(folder, size=8)
+    assert source.num_frames == 4
+    decoded = [source[i] for i in range(3)]
+    dataset = pipeline.make_dataset(source, batch_size=3, shuffle=False)
+    (batch,) = take(dataset, 1)
+    np.testing.assert_array_equal(batch["dynamic"], np.stack([d["dynamic"] for d in decoded]))
+    assert len(reads) == 3
+    with pytest.raises(ValueError, match="Give size=8 to the ClipSource"):
+        pipeline.make_dataset(source, batch_size=3, size=8)
+
+
+def test_hidden_folders_are_no_clips(folder):
+    (folder / "clip_1").rename(folder / ".clip_1.partial")
+    assert [path.name for path in pipeline.find_clips(folder)] == ["clip_0", "clip_2"]
+
+
+def test_elements_are_made_without_jax(made, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("the data path compiled something")
+
+    monkeypatch.setattr(motion.jnp, "asarray", refuse)
+    assert pipeline.element(made[2])["motion"].dtype == np.float32

@@ -53,3 +53,13 @@ def test_mismatched_clips_and_unknown_reductions_are_refused():
         motion_magnitude(dynamic, static[:4])
     with pytest.raises(ValueError, match="not 'median'"):
         motion_magnitude(dynamic, static, reduction="median")
+
+
+def test_numpy_clips_are_compared_without_jax():
+    dynamic, static = clips(5, 2)
+    magnitudes = motion_magnitude(dynamic, static)
+    assert isinstance(magnitudes, np.ndarray) and magnitudes.shape == (2,)
+    assert isinstance(motion_magnitude(dynamic[0], static[0]), np.ndarray)
+    traced = motion_magnitude(jnp.asarray(dynamic), static)
+    assert isinstance(traced, jax.Array)
+    np.testing.assert_allclose(magnitudes, traced, rtol=1e-5)

@@ -25,7 +25,7 @@ Element = dict[str, Any]
 
 
 def make_dataset(
-    source: str | os.PathLike | Sequence[clips.OrbitClip],
+    source: "str | os.PathLike | Sequence[clips.OrbitClip] | ClipSource",
     *,
     batch_size: int,
     seed: int = 0,
@@ -45,7 +45,8 @@ def make_dataset(
 
     Args:
         source: a folder whose subfolders are clips, or clips. All need dynamic and static frames
-            with alpha, of one size and number.
+            with alpha, of one size and number. Or a `ClipSource`, whose decoded clips are shared
+            with other users of it; its own `size` and `cache_bytes` hold then.
         batch_size: clips a batch of this process; every batch is full.
         seed: of the order and of the choice of static samples.
         size: pixels to resize to, square; by default the clips keep their common size.
@@ -68,7 +69,12 @@ def make_dataset(
         raise ValueError(f"static_probability must lie in [0, 1]; got {static_probability}.")
     if not 0 <= shard_index < shard_count:
         raise ValueError(f"There is no shard {shard_index} of {shard_count}; count from 0.")
-    records = ClipSource(source, size=size, cache_bytes=cache_bytes)
+    if isinstance(source, ClipSource):
+        if size is not None:
+            raise ValueError(f"Give size={size} to the ClipSource, which decodes the clips.")
+        records = source
+    else:
+        records = ClipSource(source, size=size, cache_bytes=cache_bytes)
 
     def freeze_some(record: Element, rng: np.random.Generator) -> Element:
         still = rng.random() < static_probability
@@ -124,6 +130,9 @@ class ClipSource:
 
     The clips of a folder come in the order of their names. Decoded elements stay in memory up to
     `cache_bytes`; treat them as read-only. `len()` and `[i]` are what grain needs.
+
+    Attributes:
+        num_frames: the number t of frames, the same for all clips.
     """
 
     def __init__(
@@ -148,6 +157,7 @@ class ClipSource:
             self._clips = list(source)
             shapes = {f"clip {i}": _shape(clip) for i, clip in enumerate(source)}
         _check_equal(shapes, any_size=size is not None)
+        self.num_frames = next(iter(shapes.values()))[0]
         self._size = size
         self._cache: dict[int, Element] = {}
         self._room = cache_bytes
@@ -176,12 +186,12 @@ class ClipSource:
         return record
 
     def __repr__(self) -> str:
-        """Without memory addresses: grain compares it when it restores an iterator."""
+        """The same for the same clips in every process: it has no memory addresses."""
         return f"ClipSource({len(self)} clips, size={self._size})"
 
 
 def find_clips(folder: str | os.PathLike) -> list[Path]:
-    """The subfolders that hold dynamic frames, sorted by name.
+    """The subfolders that hold dynamic frames, sorted by name; hidden ones (".name") are left out.
 
     Raises:
         FileNotFoundError: there is no such folder, or no clip in it.
@@ -189,7 +199,7 @@ def find_clips(folder: str | os.PathLike) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder of clips {str(root)!r}.")
-    found = sorted(path.parent for path in root.glob("*/multi_frame0.png"))
+    found = sorted(path.parent for path in root.glob("[!.]*/multi_frame0.png"))
     if not found:
         hint = " is itself a clip; give its parent" if (root / "multi_frame0.png").exists() else ""
         raise FileNotFoundError(
