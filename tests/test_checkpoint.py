@@ -112,6 +112,29 @@ def test_damaged_checkpoint_is_named_and_the_earlier_one_works(copied):
     checkpointer.close()
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (PermissionError(13, "Permission denied", "somewhere"), PermissionError),
+        (MemoryError(), MemoryError),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), RuntimeError),
+        (ValueError("PERMISSION_DENIED: reading a file"), OSError),
+    ],
+    ids=["permission", "memory", "device", "store"],
+)
+def test_machine_errors_do_not_advise_to_delete(finished, monkeypatch, error, kind):
+    def fail(*arguments, **keywords):
+        raise error
+
+    checkpointer = Checkpointer(finished[0] / "checkpoints")
+    monkeypatch.setattr(checkpointer._manager, "restore", fail)
+    for read in (checkpointer.restore_model, checkpointer.restore_config):
+        with pytest.raises(kind) as caught:
+            read()
+        assert "delete" not in str(caught.value)
+    checkpointer.close()
+
+
 def test_checkpoint_of_another_network_is_refused(copied):
     params = {"w": jnp.zeros((4, 1)), "b": jnp.zeros((1,))}
     other = train_state.create_state(params, OPTIMIZER, jax.random.key(0), {"scale": jnp.ones(())})

@@ -5,9 +5,10 @@ renamed when complete, so a run killed in the middle of a save continues from th
 """
 
 import base64
+import contextlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -15,6 +16,11 @@ import orbax.checkpoint as ocp
 
 from d4d_jax.train.state import TrainState
 from d4d_jax.typing import PyTree
+
+#: What reading a file that is cut short, changed or missing raises, in Orbax and below it.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, EOFError, FileNotFoundError)
+#: TensorStore raises ValueError for everything; these words in it speak of the machine.
+_NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 @runtime_checkable
@@ -39,8 +45,8 @@ class Checkpointer:
         """Opens the folder, creating it when missing.
 
         Args:
-          directory: folder of the checkpoints.
-          keep: number of newest checkpoints that stay on disk.
+            directory: folder of the checkpoints.
+            keep: number of newest checkpoints that stay on disk.
         """
         self.directory = pathlib.Path(directory).absolute()
         self._manager = ocp.CheckpointManager(
@@ -65,9 +71,9 @@ class Checkpointer:
         step that is already on disk is left as it is.
 
         Args:
-          state: state to save.
-          data: iterator whose position is saved with it.
-          config: what the run was configured with, in values that JSON has.
+            state: state to save.
+            data: iterator whose position is saved with it.
+            config: what the run was configured with, in values that JSON has.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -87,13 +93,16 @@ class Checkpointer:
         """Returns the saved state and moves `data` to where it stood, both exactly as saved.
 
         Args:
-          template: a state of the same structure; the result takes its shardings, so a
-            checkpoint may be restored on other devices than it was written on.
-          data: iterator over the same data.
-          step: checkpoint to read; the newest when None.
+            template: a state of the same structure; the result takes its shardings, so a
+                checkpoint may be restored on other devices than it was written on.
+            data: iterator over the same data.
+            step: checkpoint to read; the newest when None.
 
-        Raises FileNotFoundError when there is no checkpoint, ValueError when it cannot be
-        read or does not fit the template.
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: its files are damaged, or it does not fit the template.
+            OSError, MemoryError, RuntimeError: the machine could not read it, for example for
+                lack of permission or memory; the files may well be sound.
         """
         step = self._existing(step)
         trees = dict(zip(("model", "state"), _split(template), strict=True))
@@ -108,13 +117,20 @@ class Checkpointer:
         return TrainState(**saved["state"], **saved["model"])
 
     def restore_config(self, step: int | None = None) -> dict[str, Any]:
-        """Returns the configuration saved with a checkpoint; raises as `restore` does."""
+        """Returns the configuration saved with a checkpoint.
+
+        Raises:
+            FileNotFoundError, ValueError, OSError: as `restore`.
+        """
         return self._read(self._existing(step), config=ocp.args.JsonRestore())["config"]
 
     def restore_model(self, step: int | None = None) -> tuple[PyTree, PyTree]:
         """Returns (averaged parameters, frozen arrays) on the default device, for sampling.
 
-        Needs no template; raises as `restore` does.
+        Needs no template.
+
+        Raises:
+            FileNotFoundError, ValueError, OSError, MemoryError, RuntimeError: as `restore`.
         """
         step = self._existing(step)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -143,23 +159,30 @@ class Checkpointer:
         return step
 
     def _metadata(self, step: int, item: str) -> PyTree:
-        try:
+        with self._explained(step):
             return self._manager.item_metadata(step)[item].tree
-        except Exception as error:  # Orbax and its stores raise many types on damaged files
-            raise self._damaged(step, error) from error
 
     def _read(self, step: int, **items: Any) -> Any:
-        try:
+        with self._explained(step):
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # as above
-            raise self._damaged(step, error) from error
 
-    def _damaged(self, step: int, error: Exception) -> ValueError:
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-        return ValueError(
-            f"The checkpoint {self.directory / str(step)} cannot be read ({reason}): delete that "
-            "folder to continue from an earlier one."
-        )
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Turns what Orbax raises on damaged or missing files into one sentence.
+
+        Errors of the machine pass: they say nothing about the files.
+        """
+        try:
+            yield
+        except _DAMAGE as error:
+            folder = self.directory / str(step)
+            reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+            if any(word in str(error) for word in _NOT_DAMAGE):
+                raise OSError(f"The checkpoint {folder} cannot be read now ({reason}).") from error
+            raise ValueError(
+                f"The checkpoint {folder} cannot be read ({reason}): delete that folder to "
+                "continue from an earlier one."
+            ) from error
 
     def _check_fit(self, step: int, item: str, template: PyTree) -> None:
         saved, wanted = _shapes(self._metadata(step, item)), _shapes(template)
