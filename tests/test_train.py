@@ -1,5 +1,6 @@
 """State, step, sharding and loop, on a toy regression."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -85,6 +86,48 @@ def test_non_finite_loss_stops_at_its_step_and_is_not_saved(tmp_path):
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
 
 
+class GatedData(ToyData):
+    """Batches with a gate of 1, and of 0 at step 10."""
+
+    def __next__(self):
+        batch = super().__next__()
+        return batch | {"gate": np.full(8, float(self.position != 10), np.float32)}
+
+
+def gated_loss(params, frozen, batch, key):
+    """The toy loss plus sqrt(gate ...): at a gate of 0 its value is 0 and its gradient NaN."""
+    loss, metrics = toy_loss(params, frozen, batch, key)
+    gate = batch["gate"].mean() * (1 + jnp.sum(jnp.square(params["w"])))
+    return loss + jnp.sqrt(gate), metrics
+
+
+def overflowing_step(state, batch):
+    """The toy step, whose parameters overflow at step 10 with sound metrics."""
+    state, metrics = STEP(state, batch)
+    worse = {"w": state.params["w"] * jnp.inf, "b": state.params["b"]}
+    bad = int(state.step) == 10
+    return dataclasses.replace(state, params=worse if bad else state.params), metrics
+
+
+@pytest.mark.parametrize(
+    ("step_fn", "words"),
+    [
+        (train_step.make_train_step(gated_loss, OPTIMIZER), "grad_norm of step 10 is nan"),
+        (overflowing_step, "parameters after step 10 are not finite"),
+    ],
+    ids=["gradient", "update"],
+)
+def test_non_finite_state_at_a_checkpoint_step_is_not_saved(tmp_path, step_fn, words):
+    with pytest.raises(FloatingPointError, match=words):
+        run_toy(tmp_path, 20, data=GatedData(), step_fn=step_fn, checkpoint_every=5)
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    assert checkpointer.latest_step() == 5
+    restored = checkpointer.restore(toy_state(), ToyData())
+    checkpointer.close()
+    for tree in (restored.params, restored.ema):
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
 @pytest.mark.parametrize("name", ["num_steps", "log_every", "checkpoint_every"])
 def test_loop_options_refuse_zero(name):
     with pytest.raises(ValueError, match=name):
@@ -118,38 +161,40 @@ def test_mesh_must_cover_the_devices():
 DEVICES_SCRIPT = """
 import sys, jax, jax.numpy as jnp
 sys.path.insert(0, "tests")
-import toy_run as t
+import test_train
 from d4d_jax.train import sharding
-mesh = sharding.make_mesh()
-state, data = sharding.place_state(t.toy_state(), mesh), t.ToyData()
-for _ in range(5):
-    batch = sharding.place_batch(next(data), mesh)
-    state, metrics = t.STEP(state, batch)
-    print(jax.device_count(), len(batch["x"].sharding.device_set), float(metrics["loss"]))
+print(jax.device_count(), *test_train.first_losses())
 try:
     sharding.place_batch({"x": jnp.zeros((3, 1))}, sharding.make_mesh())
-    print("split")
 except ValueError as error:
     print(error)
 """
 
 
-def test_eight_devices_give_the_losses_of_one():
-    def losses(count):
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
-        environment = os.environ | flags | {"JAX_PLATFORMS": "cpu"}
-        out = subprocess.run(
-            [sys.executable, "-c", DEVICES_SCRIPT],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.splitlines()
-        rows = [line.split() for line in out[:5]]
-        assert all(row[:2] == [str(count)] * 2 for row in rows)
-        return np.array([float(row[2]) for row in rows]), out[5]
+def first_losses():
+    """The losses of five toy steps on all devices."""
+    mesh = sharding.make_mesh()
+    state, data, losses = sharding.place_state(toy_state(), mesh), ToyData(), []
+    for _ in range(5):
+        batch = sharding.place_batch(next(data), mesh)
+        assert len(batch["x"].sharding.device_set) == jax.device_count()
+        state, metrics = STEP(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses
 
-    (one, _), (eight, refused) = losses(1), losses(8)
-    np.testing.assert_allclose(eight, one, rtol=1e-5)
+
+def test_eight_devices_give_the_losses_of_one():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(
+        [sys.executable, "-c", DEVICES_SCRIPT],
+        cwd=ROOT,
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    losses, refused = result.stdout.splitlines()
+    count, *eight = losses.split()
+    assert count == "8"
+    np.testing.assert_allclose(np.array(eight, float), first_losses(), rtol=1e-5)
     assert "3 clips cannot be split over 8 devices" in refused

@@ -51,7 +51,7 @@ def toy_state(seed=0):
     return train_state.create_state(params, OPTIMIZER, jax.random.key(seed), frozen)
 
 
-def run_toy(directory, num_steps, *, data=None, state=None, **options):
+def run_toy(directory, num_steps, *, data=None, state=None, step_fn=STEP, **options):
     """Runs the loop in a folder, from its newest checkpoint if it has one."""
     data = data or ToyData()
     checkpointer = Checkpointer(directory / "checkpoints")
@@ -62,7 +62,7 @@ def run_toy(directory, num_steps, *, data=None, state=None, **options):
     try:
         return loop.train(
             state,
-            STEP,
+            step_fn,
             data,
             loop.LoopOptions(num_steps, **{"log_every": 5, "checkpoint_every": 10, **options}),
             mesh=sharding.make_mesh(),
