@@ -1,4 +1,4 @@
-"""Guidance: transforms of a DenoiseFn into another DenoiseFn.
+"""Guidance: transforms of a DenoiseFn into another DenoiseFn, as `ThreeDAware(w1=7.0)(denoise)`.
 
 The weights of every rule here sum to one, and eps, v and x0 are affine in each other at fixed x_t,
 so the rules hold for whatever the network predicts.
@@ -7,6 +7,7 @@ A conditioning may be any object. Ours (`d4d_jax.models.conditioning.Conditionin
 methods `without_prompt`, `with_motion` and `concatenate`; for others pass functions instead.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,80 +43,77 @@ def concatenate(conditionings: Sequence[Condition]) -> Condition:
 
 
 @register("guidance", "classifier_free")
-def classifier_free(
-    denoise: DenoiseFn,
-    scale: ArrayLike,
-    *,
-    unconditional: ConditionFn = without_prompt,
-    batched: bool = True,
-    join: JoinFn = concatenate,
-) -> DenoiseFn:
+@dataclasses.dataclass(frozen=True)
+class ClassifierFree:
     """Classifier-free guidance: u + scale (c - u); 1 is the network itself, 0 ignores the prompt.
 
-    Args:
-      denoise: the network.
-      scale: how far to go from the unconditional (u) to the conditional (c) prediction.
-      unconditional: makes the conditioning of u.
-      batched: whether one call on a doubled batch computes both branches.
-      join: concatenates conditionings, for `batched`.
+    Attributes:
+        scale: how far to go from the unconditional (u) to the conditional (c) prediction.
+        unconditional: makes the conditioning of u.
+        batched: whether one call on a doubled batch computes both branches.
+        join: concatenates conditionings, for `batched`.
     """
 
-    def guided(x_t: Array, timestep: Array, conditioning: Condition) -> Array:
-        conditionings = [conditioning, unconditional(conditioning)]
-        cond, uncond = _branches(denoise, x_t, timestep, conditionings, batched, join)
-        return uncond + scale * (cond - uncond)
+    scale: ArrayLike = 7.5
+    unconditional: ConditionFn = without_prompt
+    batched: bool = True
+    join: JoinFn = concatenate
 
-    return guided
+    def __call__(self, denoise: DenoiseFn, /) -> DenoiseFn:
+        def guided(x_t: Array, timestep: Array, conditioning: Condition, /) -> Array:
+            conditionings = [conditioning, self.unconditional(conditioning)]
+            cond, uncond = _branches(denoise, x_t, timestep, conditionings, self.batched, self.join)
+            return uncond + jnp.asarray(self.scale) * (cond - uncond)
+
+        return guided
 
 
 @register("guidance", "three_d_aware")
-def three_d_aware(
-    denoise: DenoiseFn,
-    static_denoise: DenoiseFn | None = None,
-    *,
-    w1: ArrayLike = 7.0,
-    w2: ArrayLike = 0.5,
-    unconditional: ConditionFn = without_prompt,
-    static: ConditionFn = without_motion,
-    batched: bool = True,
-    join: JoinFn = concatenate,
-) -> DenoiseFn:
+@dataclasses.dataclass(frozen=True)
+class ThreeDAware:
     """Diffusion4D's 3D-aware classifier-free guidance (Eq. 3).
 
     c + w1 (c - u) + w2 (c - s): c is the conditional prediction, u the one without prompt and
     motion, s that of a network that wants a static object. With w2 = 0 it is classifier-free
     guidance of scale 1 + w1.
 
-    Args:
-      denoise: the 4D network.
-      static_denoise: the 3D-aware network; it gets the conditioning unchanged. None stands for
-        the 4D network itself at motion magnitude 0.
-      w1: weight of the prompt. A Python 0 leaves that branch out.
-      w2: weight of the motion. A Python 0 leaves that branch out.
-      unconditional: makes the conditioning of u.
-      static: makes the conditioning of s when `static_denoise` is None.
-      batched: whether one call on a larger batch computes the branches that share a network.
-      join: concatenates conditionings, for `batched`.
+    Attributes:
+        w1: weight of the prompt. A Python 0 leaves that branch out.
+        w2: weight of the motion. A Python 0 leaves that branch out.
+        static_denoise: the frozen 3D-aware network. None stands for the 4D network itself.
+        unconditional: makes the conditioning of u.
+        static: makes the conditioning of s: by default the prompt at motion magnitude 0.
+        batched: whether one call on a larger batch computes the branches that share a network.
+        join: concatenates conditionings, for `batched`.
     """
-    use_u = not (isinstance(w1, int | float) and w1 == 0)
-    use_s = not (isinstance(w2, int | float) and w2 == 0)
 
-    def guided(x_t: Array, timestep: Array, conditioning: Condition) -> Array:
-        conditionings = [conditioning]
-        if use_u:
-            conditionings.append(unconditional(conditioning))
-        if use_s and static_denoise is None:
-            conditionings.append(static(conditioning))
-        cond, *others = _branches(denoise, x_t, timestep, conditionings, batched, join)
-        if use_s and static_denoise is not None:
-            others.append(static_denoise(x_t, timestep, conditioning))
-        weights = [w for w, used in ((w1, use_u), (w2, use_s)) if used]
-        result = cond
-        for weight, other in zip(weights, others, strict=True):
-            result = result + jnp.asarray(weight) * (cond - other)
-        return result
+    w1: ArrayLike = 7.0
+    w2: ArrayLike = 0.5
+    static_denoise: DenoiseFn | None = None
+    unconditional: ConditionFn = without_prompt
+    static: ConditionFn = without_motion
+    batched: bool = True
+    join: JoinFn = concatenate
 
-    return guided
+    def __call__(self, denoise: DenoiseFn, /) -> DenoiseFn:
+        use_u, use_s = (not (isinstance(w, int | float) and w == 0) for w in (self.w1, self.w2))
+
+        def guided(x_t: Array, timestep: Array, conditioning: Condition, /) -> Array:
+            conditionings = [conditioning]
+            if use_u:
+                conditionings.append(self.unconditional(conditioning))
+            if use_s and self.static_denoise is None:
+                conditionings.append(self.static(conditioning))
+            cond, *others = _branches(
+                denoise, x_t, timestep, conditionings, self.batched, self.join
+            )
+            if use_s and self.static_denoise is not None:
+                others.append(self.static_denoise(x_t, timestep, self.static(conditioning)))
+            weights = [jnp.asarray(w) for w, used in ((self.w1, use_u), (self.w2, use_s)) if used]
+            steps = [w * (cond - other) for w, other in zip(weights, others, strict=True)]
+            return sum(steps, start=cond)
+
+        return guided
 
 
 def _branches(

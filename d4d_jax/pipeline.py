@@ -4,9 +4,9 @@
     clip = pipeline(clips.read_image("rabbit.png"), motion=8.0)
     clip.dynamic                                          # (24, 64, 64, 3) in [0, 1]
 
-One call samples two orbits of the prompt from the same noise: the dynamic one at the requested
-motion magnitude, and the static one at magnitude 0, which the coarse stage of the reconstruction
-needs (Diffusion4D, section 3.4).
+A call samples two orbits of the prompt from the same noise: the dynamic one at the requested motion
+magnitude, and the static one at magnitude 0, which the coarse stage of the reconstruction needs
+(Diffusion4D, section 3.4).
 """
 
 import dataclasses
@@ -22,12 +22,14 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from d4d_jax import cameras, clips, guidance, registry, sampling
+from d4d_jax import cameras, clips, registry, sampling
 from d4d_jax.clips import OrbitClip
+from d4d_jax.guidance import ClassifierFree, ThreeDAware
 from d4d_jax.models import bundle, unet, vae
 from d4d_jax.models.conditioning import Conditioning
+from d4d_jax.sampling import DDIM, Stepper
 from d4d_jax.schedules import NoiseSchedule
-from d4d_jax.typing import AnyArray, Codec, PyTree
+from d4d_jax.typing import AnyArray, Codec, Guidance, PyTree
 
 #: The model that is shipped with the package; see assets/README.md for how it was trained.
 EMBEDDED = Path(__file__).parent / "assets" / "tiny.npz"
@@ -48,9 +50,10 @@ class OrbitPipeline:
         schedule: the noise schedule the network was trained with.
         num_frames: frames of a clip.
         size: height and width of a frame in pixels.
-        spacing: of the DDIM timesteps; a schedule with zero terminal SNR wants "trailing".
-        static_params: parameters of the frozen 3D-aware network of Eq. 3; None takes the network
-            itself at motion magnitude 0.
+        guidance: of the dynamic orbit.
+        static_guidance: of the static orbit, which is sampled at motion magnitude 0.
+        stepper: moves from one noise level to the next.
+        spacing: of the timesteps; a schedule with zero terminal SNR wants "trailing".
     """
 
     network: Any
@@ -60,8 +63,10 @@ class OrbitPipeline:
     schedule: NoiseSchedule
     num_frames: int = 24
     size: int = 64
+    guidance: Guidance = dataclasses.field(default=ThreeDAware(w1=1.0, w2=0.5))
+    static_guidance: Guidance = dataclasses.field(default=ClassifierFree(scale=2.0))
+    stepper: Stepper = dataclasses.field(default=DDIM())
     spacing: str = "leading"
-    static_params: PyTree = None
 
     @classmethod
     def load(cls, path: str | os.PathLike = EMBEDDED) -> "OrbitPipeline":
@@ -96,7 +101,7 @@ class OrbitPipeline:
             codec=codec,
             codec_params=codec_params,
             schedule=schedule,
-            num_frames=config["data"].get("num_frames", 24),
+            num_frames=config["data"]["num_frames"],
             size=size,
             spacing="trailing" if schedule.alphas_cumprod[-1] == 0 else "leading",
         )
@@ -105,9 +110,7 @@ class OrbitPipeline:
         self,
         image: Float[AnyArray, "h w c"],
         *,
-        motion: float = 6.0,
-        w1: float = 7.0,
-        w2: float = 0.5,
+        motion: float = 8.0,
         num_steps: int = 50,
         seed: int = 0,
         caption: str = "",
@@ -118,9 +121,7 @@ class OrbitPipeline:
             image: (h, w, 3 or 4) in [0, 1], of any size: the object seen from the front. Without
                 alpha it should stand on white.
             motion: motion magnitude m of Eq. 1; 0 holds still.
-            w1: weight of classifier-free guidance (Eq. 3).
-            w2: weight of the step away from the static 3D-aware prediction (Eq. 3).
-            num_steps: DDIM steps.
+            num_steps: calls of the sampler.
             seed: of the noise; the same seed gives the same clip on the same platform.
             caption: passed on to the clip.
 
@@ -131,24 +132,24 @@ class OrbitPipeline:
         if motion < 0:
             raise ValueError(f"The motion magnitude must be 0 or more; got {motion}.")
         orbit = cameras.orbit(self.num_frames, width=self.size, height=self.size)
-        frames = _sample(
-            self.network,
-            self.codec,
-            (num_steps, self.spacing),
-            self.params,
-            self.static_params,
-            self.codec_params,
-            self.schedule,
-            jnp.asarray(prepare_image(image, self.size)),
-            jnp.asarray(orbit.opengl_camera_to_world),
-            jnp.asarray([motion, 0.0]),
-            jnp.asarray([w1, w2]),
-            jax.random.key(seed),
-        )
-        dynamic, static = np.asarray(frames)
-        fields: dict[str, Any] = {"dynamic": dynamic[..., :3], "static": static[..., :3]}
-        if frames.shape[-1] == 4:
-            fields |= {"dynamic_alpha": dynamic[..., 3], "static_alpha": static[..., 3]}
+        rgba = jnp.asarray(prepare_image(image, self.size))
+        latent = self.codec.encode(self.codec_params, rgba)
+        noise = jax.random.normal(jax.random.key(seed), (self.num_frames, *latent.shape))
+        spec = {"name": self.spacing, "train_steps": self.schedule.num_steps}
+        timesteps = registry.build("timesteps", spec | {"num_steps": num_steps})
+        sample = functools.partial(_sample, self.network, self.codec, self.stepper)
+        inputs = (self.params, self.codec_params, self.schedule, latent, noise)
+        poses = jnp.asarray(orbit.opengl_camera_to_world)
+        steps = tuple(timesteps.tolist())
+        fields: dict[str, Any] = {}
+        for view, guide, magnitude in (
+            ("dynamic", self.guidance, motion),
+            ("static", self.static_guidance, 0.0),
+        ):
+            frames = np.asarray(sample(guide, steps, *inputs, poses, jnp.asarray([magnitude])))
+            fields[view] = frames[..., :3]
+            if frames.shape[-1] == 4:
+                fields[f"{view}_alpha"] = frames[..., 3]
         return clips.standard_clip(
             self.num_frames, self.size, self.size, motion=motion, caption=caption, **fields
         )
@@ -189,36 +190,25 @@ def prepare_image(image: Float[AnyArray, "h w c"], size: int) -> Float[np.ndarra
     return 2 * np.stack(channels, axis=-1) - 1
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _sample(
     network: Any,
     codec: Codec,
-    steps: tuple[int, str],
+    stepper: Stepper,
+    guide: Guidance,
+    timesteps: tuple[int, ...],
     params: PyTree,
-    static_params: PyTree,
     codec_params: PyTree,
     schedule: NoiseSchedule,
-    image: Array,
-    camera: Array,
+    latent: Array,
+    noise: Array,
+    poses: Array,
     motion: Array,
-    weights: Array,
-    key: Array,
 ) -> Array:
-    """Frames (2, t, h, w, c) in [0, 1] of the dynamic and the static orbit."""
-    latent = codec.encode(codec_params, image)
-    conditioning = Conditioning(
-        image=jnp.stack([latent, latent]), camera=jnp.stack([camera, camera]), motion=motion
+    """Frames (t, h, w, c) in [0, 1] of one orbit."""
+    conditioning = Conditioning(image=latent[None], camera=poses[None], motion=motion)
+    denoise = guide(functools.partial(network.apply, {"params": params}))
+    latents = sampling.sample(
+        denoise, schedule, stepper, noise[None], conditioning, timesteps=np.asarray(timesteps)
     )
-
-    def bind(params: PyTree):
-        return functools.partial(network.apply, {"params": params})
-
-    static_denoise = None if static_params is None else bind(static_params)
-    guided = guidance.three_d_aware(bind(params), static_denoise, w1=weights[0], w2=weights[1])
-    noise = jax.random.normal(key, (1, len(camera), *latent.shape))
-    noise = jnp.concatenate([noise, noise])
-    num_steps, spacing = steps
-    latents = sampling.ddim(
-        guided, schedule, noise, conditioning, num_steps=num_steps, spacing=spacing
-    )
-    return jnp.clip((codec.decode(codec_params, latents) + 1) / 2, 0, 1)
+    return jnp.clip((codec.decode(codec_params, latents[0]) + 1) / 2, 0, 1)

@@ -5,6 +5,7 @@ Writes `orbit.mp4` (the moving object), `static.mp4` (the same object standing s
 reads, into the workdir.
 """
 
+import dataclasses
 import pathlib
 import shutil
 import time
@@ -13,6 +14,7 @@ from absl import flags, logging
 
 import d4d_jax
 from d4d_jax import clips, media
+from d4d_jax.guidance import ClassifierFree, ThreeDAware
 from d4d_jax.pipeline import EMBEDDED, OrbitPipeline
 from d4d_jax.train.checkpoint import Checkpointer
 from experiments import cli
@@ -56,14 +58,12 @@ def sample(image: clips.AnyArray, pipeline: OrbitPipeline) -> clips.OrbitClip:
     """Samples the two orbits of `image` with the settings of the command line."""
     logging.info("Sampling %d frames of %d x %d.", pipeline.num_frames, *2 * [pipeline.size])
     start = time.perf_counter()
-    clip = pipeline(
-        image,
-        motion=_MOTION.value,
-        w1=_W1.value,
-        w2=_W2.value,
-        num_steps=_STEPS.value,
-        seed=SEED.value,
+    pipeline = dataclasses.replace(
+        pipeline,
+        guidance=ThreeDAware(_W1.value, _W2.value),
+        static_guidance=ClassifierFree(1 + _W1.value),
     )
+    clip = pipeline(image, motion=_MOTION.value, num_steps=_STEPS.value, seed=SEED.value)
     logging.info("Sampled in %.0f s.", time.perf_counter() - start)
     return clip
 

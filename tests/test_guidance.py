@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from d4d_jax import registry
-from d4d_jax.guidance import classifier_free, three_d_aware
+from d4d_jax.guidance import ClassifierFree, ThreeDAware
 from d4d_jax.models.conditioning import Conditioning
 from d4d_jax.sampling import ddim
 from d4d_jax.schedules import cosine
@@ -43,30 +43,31 @@ COND, UNCOND, STILL = (
 
 @pytest.mark.parametrize("batched", [True, False])
 def test_classifier_free_extrapolates_from_unconditional_to_conditional(batched):
-    guided = classifier_free(network, 3.0, batched=batched)(X, T, CONDITIONING)
+    guided = ClassifierFree(3.0, batched=batched)(network)(X, T, CONDITIONING)
     np.testing.assert_allclose(guided, UNCOND + 3.0 * (COND - UNCOND), rtol=1e-5)
 
 
 def test_scale_one_is_the_network_and_zero_ignores_the_prompt():
-    one = classifier_free(network, 1.0)(X, T, CONDITIONING)
+    one = ClassifierFree(1.0)(network)(X, T, CONDITIONING)
     np.testing.assert_allclose(one, COND, rtol=1e-5)
-    zero = classifier_free(network, 0.0)(X, T, CONDITIONING)
+    zero = ClassifierFree(0.0)(network)(X, T, CONDITIONING)
     np.testing.assert_allclose(zero, UNCOND, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batched", [True, False])
 def test_three_d_aware_is_equation_three(batched):
-    guided = three_d_aware(network, batched=batched)(X, T, CONDITIONING)
+    guided = ThreeDAware(batched=batched)(network)(X, T, CONDITIONING)
     expected = COND + 7.0 * (COND - UNCOND) + 0.5 * (COND - STILL)
     np.testing.assert_allclose(guided, expected, rtol=1e-5)
 
 
-def test_a_separate_static_network_gets_the_conditioning_unchanged():
+def test_a_separate_static_network_is_asked_for_a_static_object():
     def static(x_t, timestep, conditioning):
-        assert conditioning is CONDITIONING
+        assert conditioning.image is CONDITIONING.image
+        np.testing.assert_array_equal(conditioning.motion, 0.0)
         return 0.25 * x_t
 
-    guided = three_d_aware(network, static, w1=2.0, w2=0.5)(X, T, CONDITIONING)
+    guided = ThreeDAware(2.0, 0.5, static)(network)(X, T, CONDITIONING)
     expected = COND + 2.0 * (COND - UNCOND) + 0.5 * (COND - 0.25 * X)
     np.testing.assert_allclose(guided, expected, rtol=1e-5)
 
@@ -74,15 +75,13 @@ def test_a_separate_static_network_gets_the_conditioning_unchanged():
 @pytest.mark.parametrize(("w1", "w2"), [(0.0, 0.0), (7.0, 0.5), (3.0, 0.0), (0.0, 2.0)])
 def test_weights_sum_to_one(w1, w2):
     """Where all branches agree, guidance changes nothing."""
-    guided = three_d_aware(lambda x, t, c: 2.0 * x, w1=w1, w2=w2)(X, T, CONDITIONING)
+    guided = ThreeDAware(w1, w2)(lambda x, t, c: 2.0 * x)(X, T, CONDITIONING)
     np.testing.assert_allclose(guided, 2.0 * X, rtol=1e-5)
 
 
 def test_without_the_static_branch_it_is_classifier_free():
-    plain = classifier_free(network, 8.0)(X, T, CONDITIONING)
-    np.testing.assert_allclose(
-        three_d_aware(network, w1=7.0, w2=0.0)(X, T, CONDITIONING), plain, rtol=1e-5
-    )
+    plain = ClassifierFree(8.0)(network)(X, T, CONDITIONING)
+    np.testing.assert_allclose(ThreeDAware(7.0, 0.0)(network)(X, T, CONDITIONING), plain, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("w1", "w2", "size"), [(7.0, 0.5, 6), (7.0, 0, 4), (0, 0.5, 4), (0, 0, 2)])
@@ -93,13 +92,13 @@ def test_one_call_computes_the_branches_that_are_needed(w1, w2, size):
         sizes.append(x_t.shape[0])
         return network(x_t, timestep, conditioning)
 
-    three_d_aware(counting, w1=w1, w2=w2)(X, T, CONDITIONING)
+    ThreeDAware(w1, w2)(counting)(X, T, CONDITIONING)
     assert sizes == [size]
 
 
 def test_weights_may_be_traced():
     def run(w1, w2):
-        return three_d_aware(network, w1=w1, w2=w2)(X, T, CONDITIONING)
+        return ThreeDAware(w1, w2)(network)(X, T, CONDITIONING)
 
     np.testing.assert_allclose(jax.jit(run)(7.0, 0.5), run(7.0, 0.5), rtol=1e-5)
 
@@ -107,13 +106,13 @@ def test_weights_may_be_traced():
 def test_velocity_and_noise_are_guided_alike():
     """Eq. 3 on v equals Eq. 3 on the noise that v stands for."""
     schedule = cosine()
-    guided = three_d_aware(network)(X, T, CONDITIONING)
+    guided = ThreeDAware()(network)(X, T, CONDITIONING)
 
     def noise(x_t, timestep, conditioning):
         return schedule.to_eps(network(x_t, timestep, conditioning), x_t, timestep)
 
     np.testing.assert_allclose(
-        schedule.to_eps(guided, X, T), three_d_aware(noise)(X, T, CONDITIONING), rtol=1e-4
+        schedule.to_eps(guided, X, T), ThreeDAware()(noise)(X, T, CONDITIONING), rtol=1e-4
     )
 
 
@@ -124,15 +123,11 @@ def test_any_conditioning_works_with_functions_and_inside_a_sampler():
     def denoise(x_t, timestep, conditioning):
         return conditioning["level"][:, None] * jnp.ones_like(x_t)
 
-    guided = registry.build(
-        "guidance",
-        spec
-        | {
-            "denoise": denoise,
-            "unconditional": lambda c: {"level": 0.0 * c["level"]},
-            "static": lambda c: {"level": 0.5 * c["level"]},
-        },
-    )
+    spec |= {
+        "unconditional": lambda c: {"level": 0.0 * c["level"]},
+        "static": lambda c: {"level": 0.5 * c["level"]},
+    }
+    guided = registry.build("guidance", spec)(denoise)
     level = jnp.array([1.0, 2.0])
     noise = jax.random.normal(jax.random.key(0), (2, 3))
     run = functools.partial(ddim, guided, cosine(prediction="x0"), num_steps=3, final="one")

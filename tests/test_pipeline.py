@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from d4d_jax import cameras, clips, metrics, pipeline
+from d4d_jax.guidance import ClassifierFree, ThreeDAware
 from d4d_jax.models import unet, vae
 from d4d_jax.models.bundle import save_bundle
 from d4d_jax.models.conditioning import Conditioning
@@ -85,12 +86,13 @@ def test_motion_zero_is_the_static_orbit(toy, image):
     assert np.abs(moving.dynamic - moving.static).max() > 1e-3
 
 
-def test_a_separate_static_network_takes_part(toy, image):
-    # The same parameters, asked with the motion kept, leave nothing to step away from.
-    same = dataclasses.replace(toy, static_params=toy.params)
-    np.testing.assert_allclose(
-        same(image, num_steps=3, w2=3.0).dynamic, toy(image, num_steps=3, w2=0.0).dynamic, atol=1e-4
-    )
+def test_guidance_can_be_swapped(toy, image):
+    """Twice the network's own scale under ThreeDAware is ClassifierFree's scale 2."""
+    plain = dataclasses.replace(toy, guidance=ClassifierFree(2.0))
+    bare = dataclasses.replace(toy, guidance=ThreeDAware(w1=1.0, w2=0.0))
+    expected = bare(image, num_steps=3).dynamic
+    np.testing.assert_allclose(plain(image, num_steps=3).dynamic, expected, atol=1e-5)
+    assert np.abs(toy(image, num_steps=3).dynamic - expected).max() > 1e-4
 
 
 def test_a_model_file_gives_the_same_clip(toy, parts, image, tmp_path):
@@ -141,7 +143,7 @@ def test_the_embedded_model_orbits_and_moves(embedded, name):
     """On shipped prompts it shows the object from the right side, in the right pose."""
     truth = clips.read_clip(CLIPS / name)
     prompt = clips.read_image(CLIPS / name / "multi_frame0.png")
-    clip = embedded(prompt, motion=truth.motion, w1=1.0, num_steps=12)
+    clip = embedded(prompt, motion=truth.motion, num_steps=12)
 
     def score(frames):
         return float(metrics.psnr(jnp.asarray(clip.dynamic), jnp.asarray(frames)).mean())
