@@ -24,7 +24,9 @@ class LossWeights:
         dssim: 1 - SSIM. 3DGS uses 0.8 and 0.2 for these two.
         alpha: mean absolute error of the silhouette, for frames that carry alpha.
         depth: edge-aware depth smoothness.
-        rigidity: stretching of the distances between neighbours, in world units.
+        rigidity: stretching of the distances between neighbours, in world units. Off by default:
+            at 1.0 it cost 2 dB on the dynamic orbit and 0.9 dB on held-out views of a clip with a
+            large motion, where splats that come and go serve better than ones that must travel.
         plane_tv, time_smoothness, time_l1: regularisers of the HexPlane field.
         lifespan: distance of the opacity curves from where they started.
     """
@@ -33,7 +35,7 @@ class LossWeights:
     dssim: float = 0.2
     alpha: float = 0.3
     depth: float = 0.0
-    rigidity: float = 1.0
+    rigidity: float = 0.0
     plane_tv: float = 1e-4
     time_smoothness: float = 1e-2
     time_l1: float = 1e-4

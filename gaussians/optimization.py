@@ -49,7 +49,7 @@ class LearningRates:
     sh: float = 1e-2
     planes: float = 3e-3
     network: float = 1e-3
-    curves: float = 3e-2
+    curves: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)

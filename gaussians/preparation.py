@@ -125,7 +125,7 @@ def add_window_splats(
     num_windows: int,
     key: jax.Array,
     min_mismatch: float = 0.15,
-    min_coverage: float = 0.98,
+    min_coverage: float = 0.985,
     opacity: float = 0.6,
 ) -> tuple[Splats, PyTree]:
     """Adds splats that live in one window of frames only, where the object left its static pose.
@@ -133,7 +133,8 @@ def add_window_splats(
     They lie on the hull of the window's own silhouettes. That is a body only if the object hardly
     moves within the window, so windows whose hull leaves parts of the silhouettes uncovered get
     none, as do those that differ from the static silhouettes by less than `min_mismatch`. The
-    budget is shared out in proportion to the mismatch.
+    budget is shared out in proportion to the mismatch. Splats of the static pose that more than one
+    silhouette of such a window says the object has left are gone during that window.
 
     Args:
         clip: with dynamic and static frames; without them nothing is added.
@@ -153,17 +154,19 @@ def add_window_splats(
             hull = functools.partial(
                 _window_hull, clip, slice(first, last + 1), splats.sh_degree, opacity, key
             )
-            probe = hull(num_splats=budget, tolerance=0)
+            probe = hull(num_splats=4000, tolerance=0)
             if probe is not None and _coverage(probe, clip, first, last) >= min_coverage:
                 bodies.append((first, last, mismatch, hull))
+    still = splats
     total = sum(mismatch for _, _, mismatch, _ in bodies)
     for first, last, mismatch, hull in bodies:
         # One silhouette may miss a point: the object does move a little.
         born = hull(num_splats=math.floor(budget * mismatch / total), tolerance=1)
         if born is not None:
             splats, members = _append(splats, born)
-            start, stop = float(clip.timestamps[first]), float(clip.timestamps[last])
-            params = field.with_window(params, members, start, stop)
+            times = float(clip.timestamps[first]), float(clip.timestamps[last])
+            params = field.with_window(params, members, *times)
+            params = field.without_window(params, _left_behind(still, clip, first, last), *times)
     return splats, params
 
 
@@ -193,6 +196,14 @@ def _window_hull(
         )
     except ValueError:
         return None
+
+
+def _left_behind(splats: Splats, clip: OrbitClip, first: int, last: int) -> Bool[jax.Array, "n"]:
+    """Which splats lie outside of more than one silhouette of some dynamic frames."""
+    masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip)[first : last + 1] > 0.5
+    camera = jax.tree.map(np.asarray, clip.camera[first : last + 1])
+    inside = initialize.carve(np.asarray(splats.means, np.float32), masks, camera, tolerance=1)
+    return splats.active & ~jnp.asarray(inside)
 
 
 def _hull_resolution(clip: OrbitClip) -> int:

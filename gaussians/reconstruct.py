@@ -83,7 +83,7 @@ def _default_deformation() -> dict[str, Any]:
 
 
 def _default_density() -> AdaptiveDensity:
-    return AdaptiveDensity(start=1300, stop=2500, every=300, reset_every=0)
+    return AdaptiveDensity(start=950, stop=2100, every=300, reset_every=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +117,11 @@ class ReconstructConfig:
     capacity: int = 12000
     sh_degree: int = 0
     deformation: Mapping[str, Any] = dataclasses.field(default_factory=_default_deformation)
-    warmup: Stage = Stage(steps=400, static_fraction=1.0, low_steps=250)
+    warmup: Stage = Stage(steps=300, static_fraction=1.0, low_steps=200)
     coarse: Stage = Stage(
-        steps=800, static_fraction=0.25, low_steps=800, curriculum=0.8, end_rate=0.5
+        steps=600, static_fraction=0.25, low_steps=600, curriculum=0.8, end_rate=0.5
     )
-    fine: Stage = Stage(steps=3000, static_fraction=0.2, low_steps=600, end_rate=0.03)
+    fine: Stage = Stage(steps=2000, static_fraction=0.2, low_steps=400, end_rate=0.05)
     density: AdaptiveDensity = dataclasses.field(default_factory=_default_density)
     weights: LossWeights = dataclasses.field(default_factory=LossWeights)
     rates: LearningRates = dataclasses.field(default_factory=LearningRates)

@@ -6,7 +6,13 @@ import pytest
 from gaussians.deformation import build
 from gaussians.types import Splats
 
-BASE = {"name": "hexplane", "spatial_resolution": 4, "time_resolution": 3, "channels": 2, "width": 4}
+BASE = {
+    "name": "hexplane",
+    "spatial_resolution": 4,
+    "time_resolution": 3,
+    "channels": 2,
+    "width": 4,
+}
 LIFESPAN = {"name": "lifespan", "base": BASE, "knots": 11}
 
 
@@ -42,6 +48,9 @@ def test_a_window_hides_its_splats_outside_of_it(splats):
     for t, expected in ((0.5, 0), (0.4, 0), (0.3, -3), (0.2, -6), (0.0, -6), (0.7, -3), (1.0, -6)):
         np.testing.assert_allclose(change(t)[:2], expected, atol=1e-5)
         np.testing.assert_allclose(change(t)[2:], 0, atol=1e-6)
+    params = field.without_window(params, jnp.arange(6) == 3, 0.4, 0.6, fade_time=0.2, depth=6.0)
+    for t, expected in ((0.5, -6), (0.3, -3), (0.2, 0), (1.0, 0)):
+        np.testing.assert_allclose(change(t)[3], expected, atol=1e-5)
     assert float(field.regularization(params)["lifespan"]) == 0  # a window is a prior, not a cost
 
 

@@ -156,7 +156,9 @@ def test_hold_freezes_the_future_and_keeps_the_past():
     held = field.hold(params, 1 / 3)  # at the second of four nodes
     past, future = [0.0, 0.2, 1 / 3], [0.5, 0.8, 1.0]
     np.testing.assert_allclose(
-        positions_at(field, held, splats, past), positions_at(field, params, splats, past), rtol=1e-5
+        positions_at(field, held, splats, past),
+        positions_at(field, params, splats, past),
+        rtol=1e-5,
     )
     now = positions_at(field, params, splats, [1 / 3])
     later = positions_at(field, held, splats, future)
@@ -167,7 +169,9 @@ def test_lookups_reproduce_linear_functions():
     x, y = jnp.linspace(0, 1, 4), jnp.linspace(0, 1, 6)
     plane = (2 * x[:, None] - y[None, :] + 1)[..., None]
     at = jnp.array([[0.0, 0.0], [1.0, 1.0], [0.3, 0.77]])
-    np.testing.assert_allclose(lookup_plane(plane, at)[:, 0], 2 * at[:, 0] - at[:, 1] + 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        lookup_plane(plane, at)[:, 0], 2 * at[:, 0] - at[:, 1] + 1, rtol=1e-5
+    )
     np.testing.assert_allclose(slice_at(plane, 0.25)[:, 0], 1.5 - y, rtol=1e-5, atol=1e-6)
 
 

@@ -43,15 +43,15 @@ def _default() -> ml_collections.ConfigDict:
         opacity=False,
     )
     config.deformation = dict(name="lifespan", base=hexplane, knots=9)
-    config.warmup = _stage(steps=400, static_fraction=1.0, low_steps=250)
+    config.warmup = _stage(steps=300, static_fraction=1.0, low_steps=200)
     config.coarse = _stage(
-        steps=800, static_fraction=0.25, low_steps=800, curriculum=0.8, end_rate=0.5
+        steps=600, static_fraction=0.25, low_steps=600, curriculum=0.8, end_rate=0.5
     )
-    config.fine = _stage(steps=3000, static_fraction=0.2, low_steps=600, end_rate=0.03)
+    config.fine = _stage(steps=2000, static_fraction=0.2, low_steps=400, end_rate=0.05)
     config.density = dict(
-        start=100,
-        stop=2000,
-        every=200,
+        start=950,
+        stop=2100,
+        every=300,
         gradient_threshold=2e-4,
         extent=2.2,
         clone_scale=0.01,
@@ -63,7 +63,7 @@ def _default() -> ml_collections.ConfigDict:
         dssim=0.2,
         alpha=0.3,
         depth=0.0,
-        rigidity=1.0,
+        rigidity=0.0,
         plane_tv=1e-4,
         time_smoothness=1e-2,
         time_l1=1e-4,
@@ -77,7 +77,7 @@ def _default() -> ml_collections.ConfigDict:
         sh=1e-2,
         planes=3e-3,
         network=1e-3,
-        curves=3e-2,
+        curves=0.1,
     )
     return config
 
@@ -100,8 +100,9 @@ def _fast(config: ml_collections.ConfigDict) -> None:
     config.window_splats = 1000
     config.capacity = 4500
     config.warmup.update(steps=200, low_steps=0)
-    config.coarse.update(steps=400, low_steps=0)
+    config.coarse.update(steps=300, low_steps=0)
     config.fine.update(steps=1000, low_steps=0)
+    config.density.update(start=550, stop=1200, every=200)
 
 
 def _smoke(config: ml_collections.ConfigDict) -> None:

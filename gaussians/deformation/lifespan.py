@@ -103,8 +103,27 @@ class Lifespan:
             fade_time: fraction of the clip.
             depth: logits.
         """
-        instants = jnp.linspace(0, 1, self.knots)
-        outside = jnp.maximum(jnp.maximum(start - instants, instants - stop), 0)
-        curve = -depth * jnp.minimum(outside / fade_time, 1)
+        curve = -depth * (1 - self._presence(start, stop, fade_time))
         curves = jnp.where(members, curve[:, None], params["curves"])
         return params | {"curves": curves, "priors": curves}
+
+    def without_window(
+        self,
+        params: PyTree,
+        members: Bool[Array, "n"],
+        start: float,
+        stop: float,
+        *,
+        fade_time: float = 0.13,
+        depth: float = 6.0,
+    ) -> PyTree:
+        """The opposite of `with_window`: the splats are gone between two timestamps."""
+        curve = -depth * self._presence(start, stop, fade_time)[:, None]
+        curves = jnp.where(members, jnp.minimum(params["curves"], curve), params["curves"])
+        return params | {"curves": curves, "priors": curves}
+
+    def _presence(self, start: float, stop: float, fade_time: float) -> Float[Array, "knots"]:
+        """1 within [start, stop], falling to 0 within `fade_time` on both sides."""
+        instants = jnp.linspace(0, 1, self.knots)
+        outside = jnp.maximum(jnp.maximum(start - instants, instants - stop), 0)
+        return 1 - jnp.minimum(outside / fade_time, 1)
