@@ -82,9 +82,9 @@ class OrbitClip:
         for view in _STEMS:
             frames, alpha = getattr(self, view), getattr(self, f"{view}_alpha")
             if frames is not None:
-                changes[view] = _resize(np.asarray(frames), width, height)
+                changes[view] = resize(frames, width, height)
             if alpha is not None:
-                changes[f"{view}_alpha"] = _resize(np.asarray(alpha)[..., None], width, height)[
+                changes[f"{view}_alpha"] = resize(np.asarray(alpha)[..., None], width, height)[
                     ..., 0
                 ]
         return dataclasses.replace(self, **changes)
@@ -284,11 +284,12 @@ def _uncomposite(rgb: np.ndarray, alpha: AnyArray | None, background: Color) -> 
     return np.clip(np.concatenate([color, weight], -1), 0, 1)
 
 
-def _resize(frames: np.ndarray, width: int, height: int) -> np.ndarray:
+def resize(frames: Frames, width: int, height: int) -> np.ndarray:
     """Resizes (t, h, w, c): box filter where the image shrinks, bilinear where it grows."""
+    frames = np.asarray(frames, np.float32)
     shrinks = width <= frames.shape[2] and height <= frames.shape[1]
     method = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
-    channels = np.moveaxis(frames, -1, 1).reshape(-1, *frames.shape[1:3]).astype(np.float32)
+    channels = np.moveaxis(frames, -1, 1).reshape(-1, *frames.shape[1:3])
     resized = [np.asarray(Image.fromarray(c).resize((width, height), method)) for c in channels]
     return np.moveaxis(
         np.stack(resized).reshape(len(frames), frames.shape[-1], height, width), 1, -1

@@ -29,12 +29,6 @@ def write_image(path: str | os.PathLike, image: AnyArray) -> None:
     Image.fromarray(to_uint8(image)).save(path)
 
 
-def write_frames(folder: str | os.PathLike, frames: AnyArray, stem: str = "") -> None:
-    """Writes (t, h, w, c) as `{stem}0000.png`, `{stem}0001.png`, ... into `folder`."""
-    for i, frame in enumerate(frames):
-        write_image(Path(folder) / f"{stem}{i:04d}.png", frame)
-
-
 def write_video(
     path: str | os.PathLike, frames: AnyArray, *, fps: int = 8, min_size: int = 256
 ) -> None:

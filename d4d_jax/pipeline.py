@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from PIL import Image
 
 from d4d_jax import cameras, clips, registry, sampling
 from d4d_jax.clips import OrbitClip
@@ -183,11 +182,7 @@ def prepare_image(image: Float[AnyArray, "h w c"], size: int) -> Float[np.ndarra
     square = np.broadcast_to(np.float32([1, 1, 1, 0]), (side, side, 4)).copy()
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = rgba
-    method = Image.Resampling.BOX if side >= size else Image.Resampling.BILINEAR
-    channels = [
-        np.asarray(Image.fromarray(square[..., c]).resize((size, size), method)) for c in range(4)
-    ]
-    return 2 * np.stack(channels, axis=-1) - 1
+    return 2 * clips.resize(square[None], size, size)[0] - 1
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

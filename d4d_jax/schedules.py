@@ -191,10 +191,19 @@ def leading(train_steps: int, num_steps: int, *, offset: int = 1) -> Int32[np.nd
 
     The spacing of VideoMV's DDIM (1000 and 50 steps, offset 1). It never visits the last
     timestep.
+
+    Raises:
+        ValueError: the strides do not fit: they would leave the schedule, or start so far from its
+            end (below 90 %) that pure noise would pass for a partly clean sample.
     """
     stride = _stride(train_steps, num_steps)
     steps = np.arange(num_steps, dtype=np.int32)[::-1] * stride + offset
-    return np.clip(steps, 0, train_steps - 1).astype(np.int32)
+    if not 0.9 * train_steps <= steps[0] + stride - 1 or steps[0] >= train_steps:
+        raise ValueError(
+            f"{num_steps} leading steps of {train_steps} would start at timestep {steps[0]}; take"
+            ' a smaller number that divides the schedule, or the spacing "trailing".'
+        )
+    return steps.astype(np.int32)
 
 
 @register("timesteps", "trailing")
@@ -203,7 +212,7 @@ def trailing(train_steps: int, num_steps: int) -> Int32[np.ndarray, "n"]:
 
     What a network trained with zero terminal SNR wants: sampling starts where x_t is pure noise.
     """
-    _stride(train_steps, num_steps)
+    _stride(train_steps, num_steps)  # Checks the count.
     steps = np.round(train_steps - np.arange(num_steps) * (train_steps / num_steps)) - 1
     return steps.astype(np.int32)
 

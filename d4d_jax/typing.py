@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 AnyArray: TypeAlias = Array | np.ndarray
 PyTree: TypeAlias = Any
@@ -17,10 +17,6 @@ PyTree: TypeAlias = Any
 Image: TypeAlias = Float[AnyArray, "h w c"]
 Frames: TypeAlias = Float[AnyArray, "t h w c"]
 Alpha: TypeAlias = Float[AnyArray, "t h w"]
-Video: TypeAlias = Float[Array, "b t h w c"]
-Timestep: TypeAlias = Int[Array, "b"]
-Pose: TypeAlias = Float[AnyArray, "*b 4 4"]
-Motion: TypeAlias = Float[Array, "b"]
 
 
 @runtime_checkable

@@ -135,8 +135,11 @@ def test_impossible_step_counts_are_refused(spacing, count):
         spacing(1000, count)
 
 
-def test_all_steps_of_the_schedule_stay_inside_it():
-    assert leading(1000, 1000).max() == 999
+@pytest.mark.parametrize("count", [600, 1000])
+def test_leading_strides_that_miss_the_noise_are_refused(count):
+    with pytest.raises(ValueError, match=f'{count} leading steps of 1000 .* spacing "trailing"'):
+        leading(1000, count)
+    assert leading(1000, 30)[0] == 958 and trailing(1000, count)[0] == 999
 
 
 def test_schedules_and_spacings_are_built_by_name():
