@@ -5,7 +5,7 @@ Network, codec and schedule are sub-configurations with a `name`, looked up in `
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -16,10 +16,11 @@ import optax
 from jax import Array
 
 import d4d_jax
-from d4d_jax import losses, registry
+from d4d_jax import losses, media, registry
 from d4d_jax.data.pipeline import ClipSource, make_dataset
 from d4d_jax.models import unet, vae  # noqa: F401 (importing them registers their classes)
 from d4d_jax.models.conditioning import Conditioning
+from d4d_jax.pipeline import OrbitPipeline
 from d4d_jax.schedules import NoiseSchedule
 from d4d_jax.train.state import TrainState, create_state
 from d4d_jax.train.step import LossFn, Metrics
@@ -30,19 +31,34 @@ Config = Mapping[str, Any]  # an ml_collections.ConfigDict, or the plain dict sa
 #: The clips that are shipped with the package.
 EMBEDDED_CLIPS = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips"
 
+#: What `build_sampler` shows: the number of clips, and the sampling steps of each.
+SAMPLED_CLIPS, SAMPLING_STEPS = 2, 20
+
 
 def build_schedule(config: Config) -> NoiseSchedule:
-    """Returns the noise schedule; raises ValueError for a wrong name or argument."""
+    """Returns the noise schedule.
+
+    Raises:
+        ValueError: a wrong name or argument.
+    """
     return registry.build("schedule", config["schedule"])
 
 
 def build_codec(config: Config) -> Codec:
-    """Returns the latent codec (its parameters are arrays of the run); raises as above."""
+    """Returns the latent codec; its parameters are arrays of the run.
+
+    Raises:
+        ValueError: a wrong name or argument.
+    """
     return registry.build("codec", config["codec"])
 
 
 def build_network(config: Config, channels: int) -> Any:
-    """Returns the network for latents with that many channels; raises as above."""
+    """Returns the network for latents with that many channels.
+
+    Raises:
+        ValueError: a wrong name or argument.
+    """
     sizes = {"in_channels": channels, "out_channels": channels}
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config["network"].items()}
     return registry.build("network", {**fields, **sizes})
@@ -56,43 +72,71 @@ def latent_channels(codec: Codec, codec_params: PyTree, batch: PyTree) -> int:
 def build_source(config: Config) -> ClipSource:
     """Returns the clips of `data.path`, or the shipped ones when that is empty.
 
-    Raises FileNotFoundError or ValueError, naming the folder or file, when it has no usable clips.
+    Raises:
+        FileNotFoundError, ValueError: the named folder or file holds no usable clips.
     """
     return ClipSource(config["data"]["path"] or EMBEDDED_CLIPS, size=config["data"]["size"])
 
 
-def build_dataset(config: Config) -> grain.IterDataset:
-    """Returns the endless dataset of batches, without the captions; raises as `build_source`."""
-    data = config["data"]
+def build_dataset(config: Config, source: ClipSource) -> grain.IterDataset:
+    """Returns the endless dataset of batches of the clips, without the captions.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
     dataset = make_dataset(
-        data["path"] or EMBEDDED_CLIPS,
+        source,
         batch_size=config["batch_size"],
         seed=config["seed"],
-        size=data["size"],
-        static_probability=data["static_probability"],
+        static_probability=config["data"]["static_probability"],
     )
-    return dataset.map(lambda batch: {k: v for k, v in batch.items() if k != "caption"})
+    return dataset.map(_without_caption)
+
+
+def example_batch(source: ClipSource) -> PyTree:
+    """Returns a batch of the first clip alone, shaped otherwise as those of `build_dataset`."""
+    return {name: np.asarray(value)[None] for name, value in _without_caption(source[0]).items()}
+
+
+def _without_caption(batch: PyTree) -> PyTree:
+    return {name: value for name, value in batch.items() if name != "caption"}
 
 
 def build_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns clipped AdamW with a linear warm-up and the wanted decay.
+    """Returns AdamW with a clipped gradient and the rate of `build_rate`.
 
-    With `decay="cosine"` the rate reaches 0 at `num_steps`: a run that is continued with more
-    steps follows the longer curve from where it stands. Raises ValueError for another name.
+    Raises:
+        ValueError: as `build_rate`.
+    """
+    options = config["optimizer"]
+    return optax.chain(
+        optax.clip_by_global_norm(options["clip_norm"]),
+        optax.adamw(build_rate(config), weight_decay=options["weight_decay"]),
+    )
+
+
+def build_rate(config: Config) -> optax.Schedule:
+    """Returns the learning rate as a function of the number of updates made so far.
+
+    It rises from 0 in a line over `warmup_steps`; with 0 of them it starts at the peak. With
+    `decay="cosine"` it then falls to 0 at `num_steps`: a run that is continued with more steps
+    follows the longer curve from where it stands.
+
+    Raises:
+        ValueError: `decay` is neither "cosine" nor "constant", or `warmup_steps` is negative.
     """
     options = config["optimizer"]
     peak, warmup = options["learning_rate"], options["warmup_steps"]
+    if warmup < 0:
+        raise ValueError(f"warmup_steps must be 0 or more, not {warmup}.")
     if options["decay"] == "cosine":
-        length = max(config["num_steps"], warmup + 1)
-        rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, length)
+        after = optax.cosine_decay_schedule(peak, max(config["num_steps"] - warmup, 1))
     elif options["decay"] == "constant":
-        rate = optax.warmup_constant_schedule(0.0, peak, warmup)
+        after = optax.constant_schedule(peak)
     else:
         raise ValueError(f"decay must be 'cosine' or 'constant', not {options['decay']!r}.")
-    return optax.chain(
-        optax.clip_by_global_norm(options["clip_norm"]),
-        optax.adamw(rate, weight_decay=options["weight_decay"]),
-    )
+    rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
+    return optax.join_schedules([rise, after], [warmup])
 
 
 def build_loss(config: Config, network: Any, codec: Codec, schedule: NoiseSchedule) -> LossFn:
@@ -147,15 +191,16 @@ def draw_timesteps(key: Array, shape: tuple[int, ...], num_steps: int, shift: fl
     return jnp.minimum((u * num_steps).astype(jnp.int32), num_steps - 1)
 
 
-def fit_codec(config: Config, codec: Codec) -> PyTree:
+def fit_codec(codec: Codec, source: ClipSource) -> PyTree:
     """Returns the codec's parameters, fitted to every dynamic and static frame of the clips.
 
-    A codec without a `fit` method has none. Raises as `build_source`, and ValueError when the
-    frames do not suit the codec.
+    A codec without a `fit` method has none.
+
+    Raises:
+        ValueError: a frame cannot be decoded, or the frames do not suit the codec.
     """
     if not hasattr(codec, "fit"):
         return {}
-    source = build_source(config)
     frames = [source[i][view] for i in range(len(source)) for view in ("dynamic", "static")]
     return codec.fit(np.concatenate(frames))
 
@@ -165,7 +210,8 @@ def init_state(
 ) -> TrainState:
     """Returns the state before the first step, for batches shaped like `batch`.
 
-    A network whose sizes do not fit the latents raises ValueError here, before any compute.
+    Raises:
+        ValueError: the network's sizes do not fit the latents.
     """
     init_key, run_key = jax.random.split(jax.random.key(config["seed"]))
 
@@ -180,3 +226,33 @@ def init_state(
     one = jax.tree.map(lambda leaf: leaf[:1], batch)
     params = jax.jit(init)(init_key, codec_params, one)
     return create_state(params, build_optimizer(config), run_key, {"codec": codec_params})
+
+
+def build_sampler(
+    config: Config, source: ClipSource
+) -> Callable[[TrainState], dict[str, np.ndarray]]:
+    """Returns what shows the progress of a run: `state -> {"orbits": (h, w, 3) in [0, 1]}`.
+
+    The picture has two rows of frames for each of the first clips: the clip itself and, below,
+    the orbit that the averaged parameters make of its first frame at its motion magnitude.
+    """
+    prompts = [source[i] for i in range(min(SAMPLED_CLIPS, len(source)))]
+
+    def sample(state: TrainState) -> dict[str, np.ndarray]:
+        pipeline = OrbitPipeline.from_parts(state.ema, state.frozen["codec"], config)
+        rows = []
+        for record in prompts:
+            truth = (record["dynamic"] + 1) / 2  # on white, then alpha
+            image, motion = _straight(truth[0]), float(record["motion"])
+            clip = pipeline(image, motion=motion, num_steps=SAMPLING_STEPS)
+            rows += [truth[..., :3], clip.dynamic]
+        return {"orbits": media.contact_sheet(rows)}
+
+    return sample
+
+
+def _straight(on_white: np.ndarray) -> np.ndarray:
+    """RGBA with straight colour, as image files have it, of colour on white and alpha."""
+    colour, alpha = on_white[..., :3], on_white[..., 3:]
+    straight = 1 - (1 - colour) / np.maximum(alpha, 1e-6)
+    return np.concatenate([np.clip(straight, 0, 1), alpha], -1)

@@ -1,7 +1,10 @@
-"""What the binaries share: flags, and a user's mistake as one sentence instead of a traceback."""
+"""What the binaries share: flags, and a user's mistake as one sentence instead of a traceback.
+
+With --verbosity=1 the traceback is shown as well.
+"""
 
 import contextlib
-import logging
+import logging as stdlib_logging
 import os
 import pathlib
 import re
@@ -10,8 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CACHE = flags.DEFINE_string(
@@ -20,7 +22,7 @@ _CACHE = flags.DEFINE_string(
 _PROFILE = flags.DEFINE_bool("profile", False, "Record a profiler trace in WORKDIR/profile.")
 
 _MISTAKES = (ValueError, OSError, FloatingPointError)
-_LOGGER = logging.getLogger(__name__)
+_BINARIES = pathlib.Path(__file__).parent
 _default_config: list[str] = []
 
 
@@ -30,7 +32,7 @@ def define_config(default: str) -> flags.FlagHolder:
     Its values are changed by --config.KEY=VALUE; a key that it does not have is an error.
 
     Args:
-      default: file name in experiments/configs that is used when the flag is absent.
+        default: file name in experiments/configs that is used when the flag is absent.
     """
     _default_config[:] = [os.path.join(os.path.dirname(__file__), "configs", default)]
     # Not given to the flag as its default: overrides would then be parsed where it is defined.
@@ -44,8 +46,8 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     Exit code 0: `main` returned. 2: a flag or configuration key does not exist or has a value of
     the wrong kind. 1: `main` raised ValueError, OSError (missing, unreadable or existing files)
-    or FloatingPointError; its message is printed as the one sentence that it is. Anything else
-    is a bug of ours and shows its traceback.
+    or FloatingPointError; its message is printed as the one sentence that it is, after its
+    traceback when --verbosity=1 is given. Anything else is a bug of ours and shows its traceback.
     """
     app.run(lambda _: _checked(main), flags_parser=_parse)
     sys.exit(0)
@@ -77,9 +79,9 @@ def claim_workdir(
 def log_devices(mesh: Any = None) -> None:
     """Logs the devices, and the mesh when there is one."""
     devices = jax.devices()
-    _LOGGER.info("Devices: %d x %s.", len(devices), devices[0].device_kind)
+    logging.info("Devices: %d x %s.", len(devices), devices[0].device_kind)
     if mesh is not None:
-        _LOGGER.info("Mesh: %s.", ", ".join(f"{k}={v}" for k, v in mesh.shape.items()))
+        logging.info("Mesh: %s.", ", ".join(f"{k}={v}" for k, v in mesh.shape.items()))
 
 
 def profile(workdir: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Any]:
@@ -97,29 +99,33 @@ def _checked(main: Callable[[], None]) -> None:
     try:
         main()
     except _MISTAKES as error:
-        _LOGGER.debug("Where it happened:", exc_info=error)
+        logging.debug("Where it happened:", exc_info=error)
         _stop(_sentence(error), 1)
 
 
 def _start_logging() -> None:
-    """Shows our messages from INFO on with the time, and those of libraries from WARNING on."""
-    absl_logging.use_absl_handler()
-    absl_logging.set_verbosity(absl_logging.INFO)
-    handler = absl_logging.get_absl_handler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    # Orbax reports every detail of a save, through absl as well.
-    handler.addFilter(lambda r: r.levelno >= logging.WARNING or "orbax" not in r.pathname)
-    for name in ("d4d_jax", "gaussians", "experiments"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    """Shows our messages from --verbosity (INFO) on with the time, others from WARNING on."""
+    logging.use_absl_handler()
+    chosen = not flags.FLAGS["verbosity"].using_default_value
+    logging.set_verbosity(flags.FLAGS.verbosity if chosen else logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.setFormatter(stdlib_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    # Libraries report every detail of what they do, some of them through absl as well.
+    handler.addFilter(lambda record: record.levelno >= stdlib_logging.WARNING or _is_ours(record))
+
+
+def _is_ours(record: stdlib_logging.LogRecord) -> bool:
+    package = record.name.split(".")[0]
+    return package in ("d4d_jax", "gaussians") or pathlib.Path(record.pathname).parent == _BINARIES
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags; unknown ones, and unknown configuration keys, end the process."""
     argv = list(argv)
-    given = [a.split("=", 1)[1] for a in argv if a.startswith(("--config=", "-config="))]
-    if given and not os.path.isfile(given[-1].split(":")[0]):
-        _stop(f"There is no configuration file {given[-1].split(':')[0]}.", 2)
-    if _default_config and not given:
+    given = _given_config(argv)
+    if given is not None and not os.path.isfile(given.split(":")[0]):
+        _stop(f"There is no configuration file {given.split(':')[0]}.", 2)
+    if _default_config and given is None:
         argv.insert(1, f"--config={_default_config[0]}")
     try:
         rest = flags.FLAGS(argv)
@@ -132,6 +138,17 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if len(rest) > 1:
         _stop(f"Unexpected argument {rest[1]!r}: options are written --name=value.", 2)
     return rest
+
+
+def _given_config(argv: Sequence[str]) -> str | None:
+    """The last value of --config, written --config=FILE or --config FILE; None without one."""
+    given = None
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            following = argv[i + 1] if i + 1 < len(argv) else ""
+            given = value if equals else following
+    return given
 
 
 def _unknown_key(message: str) -> str:

@@ -1,16 +1,19 @@
 """Trains the orbital video model: `python -m experiments.train --workdir=DIR [--config.KEY=VALUE]`.
 
-A workdir that has a checkpoint is continued, exactly where it stopped. It ends up with
-`config.json`, `metrics.jsonl`, `checkpoints/` and, with --config.sample_every, `images/`.
+A workdir that has a checkpoint is continued, exactly where it stopped, and with the configuration
+that it was started with: only the lengths and distances in `CHANGEABLE` may be given anew. It ends
+up with `config.json`, `metrics.jsonl`, `checkpoints/` and, with --config.sample_every, `images/`.
 """
 
+import contextlib
 import json
-import logging
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
+from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from d4d_jax.models import bundle
 from d4d_jax.train import loop, sharding, writers
@@ -19,98 +22,179 @@ from d4d_jax.train.state import count_parameters
 from d4d_jax.train.step import make_train_step
 from experiments import build, cli
 
-_LOGGER = logging.getLogger("experiments.train")  # also when run as __main__
-
-_CONFIG = cli.define_config("tiny.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Delete the run in the workdir and start anew.")
-_EXPORT = flags.DEFINE_string(
-    "export", None, "File (.npz) to write the trained model to when the run is complete."
+#: The keys of the configuration that a continued run may change.
+CHANGEABLE = frozenset(
+    {"num_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"}
 )
-flags.adopt_module_key_flags(cli)
 
 #: What a run leaves in its workdir, and all that --overwrite deletes.
 _OUTPUTS = ("checkpoints", "images", "profile", "metrics.jsonl", "config.json")
 
 
 def main() -> None:
-    """Trains, then exports when asked to."""
-    config = json.loads(_CONFIG.value.to_json())  # from here on plain values, tuples as lists
-    workdir = pathlib.Path(_WORKDIR.value)
-    if _EXPORT.value and os.path.exists(_EXPORT.value):
-        raise FileExistsError(f"{_EXPORT.value} exists already: remove it or choose another name.")
-    if _OVERWRITE.value:
-        _delete_run(workdir)
-    checkpointer = Checkpointer(workdir / "checkpoints", keep=config["keep_checkpoints"])
-    try:
-        done = checkpointer.latest_step() or 0
-        if done < config["num_steps"]:
-            _train(config, workdir, checkpointer)
-        elif not _EXPORT.value:
-            raise ValueError(
-                f"{workdir} holds a finished run of {done} steps: raise --config.num_steps to "
-                "continue it, or pass --overwrite to start anew."
-            )
-        if _EXPORT.value:
-            _export(_EXPORT.value, checkpointer)
-    finally:
-        checkpointer.close()
+    """Trains, then exports when asked to, as the command line says."""
+    options = flags.FLAGS
+    run(
+        json.loads(options.config.to_json()),  # from here on plain values, tuples as lists
+        pathlib.Path(options.workdir),
+        overwrite=options.overwrite,
+        export=options.export,
+    )
 
 
-def _train(config: build.Config, workdir: pathlib.Path, checkpointer: Checkpointer) -> None:
-    # Data.
-    dataset = build.build_dataset(config)
-    batch = next(iter(dataset))
-    data = iter(dataset)
+def run(
+    config: dict[str, Any],
+    workdir: pathlib.Path,
+    *,
+    overwrite: bool = False,
+    export: str | None = None,
+) -> None:
+    """Trains in `workdir` up to `num_steps`, from its newest checkpoint if it has one.
 
-    # Model.
-    codec = build.build_codec(config)
-    codec_params = build.fit_codec(config, codec)
-    network = build.build_network(config, build.latent_channels(codec, codec_params, batch))
-    state = build.init_state(config, network, codec, codec_params, batch)
-    loss_fn = build.build_loss(config, network, codec, build.build_schedule(config))
-    step_fn = make_train_step(loss_fn, build.build_optimizer(config), ema_decay=config["ema_decay"])
+    Args:
+        config: the configuration, in values that JSON has.
+        workdir: folder of the run.
+        overwrite: start anew; the earlier run is deleted when the new one is known to be sound.
+        export: file to write the model to when the run is complete. A run that is complete
+            already is only exported, with its own configuration.
 
-    # Continue where an earlier run stopped.
-    if checkpointer.latest_step() is not None:
-        state = checkpointer.restore(state, data)
-    restored_step = int(state.step)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    Raises:
+        FileExistsError: `export` is there already.
+        ValueError: the run is complete and not to be exported, or the configuration is wrong or
+            not that of the run.
+    """
+    if export and os.path.exists(export):
+        raise FileExistsError(f"{export} exists already: remove it or choose another name.")
+    done, saved = (0, None) if overwrite else _progress(workdir / "checkpoints")
+    if done < config["num_steps"]:
+        _train(config, workdir, saved, overwrite=overwrite)
+    elif not export:
+        raise ValueError(
+            f"{workdir} holds a finished run of {done} steps: raise --config.num_steps to "
+            "continue it, or pass --overwrite to start anew."
+        )
+    if export:
+        _export(export, workdir / "checkpoints")
 
-    # Train.
-    mesh = sharding.make_mesh()
-    cli.log_devices(mesh)
-    _LOGGER.info("Parameters: %s.", f"{count_parameters(state.params):,}")
-    _LOGGER.info("Training from step %d to %d.", restored_step, config["num_steps"])
-    writer = writers.default_writer(workdir, restored_step=restored_step)
+
+def _train(
+    config: dict[str, Any],
+    workdir: pathlib.Path,
+    saved: dict[str, Any] | None,
+    *,
+    overwrite: bool,
+) -> None:
     options = loop.LoopOptions(
         config["num_steps"],
         log_every=config["log_every"],
         checkpoint_every=config["checkpoint_every"],
         sample_every=config["sample_every"],
     )
-    try:
-        with cli.profile(workdir):
-            loop.train(
-                state,
-                step_fn,
-                data,
-                options,
-                mesh=mesh,
-                checkpointer=checkpointer,
-                writer=writer,
-                config=config,
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(config["batch_size"], mesh)
+
+    # Data.
+    source = build.build_source(config)
+    config = config | {"data": config["data"] | {"num_frames": source.num_frames}}
+    if saved:
+        check_unchanged(saved, config, workdir)
+    data = iter(build.build_dataset(config, source))
+
+    # Model.
+    codec = build.build_codec(config)
+    folder = workdir / "checkpoints"
+    codec_params = _restore_codec(folder) if saved else build.fit_codec(codec, source)
+    batch = build.example_batch(source)
+    network = build.build_network(config, build.latent_channels(codec, codec_params, batch))
+    state = build.init_state(config, network, codec, codec_params, batch)
+    loss_fn = build.build_loss(config, network, codec, build.build_schedule(config))
+    step_fn = make_train_step(loss_fn, build.build_optimizer(config), ema_decay=config["ema_decay"])
+    on_sample = build.build_sampler(config, source) if options.sample_every else None
+
+    # Everything is known to be sound: write from here on.
+    if overwrite:
+        _delete_run(workdir)
+    with contextlib.ExitStack() as stack:
+        checkpointer = Checkpointer(folder, keep=config["keep_checkpoints"])
+        stack.callback(checkpointer.close)
+        if saved:
+            state = checkpointer.restore(state, data)
+        first = int(state.step)
+        text = json.dumps(config, indent=1) + "\n"
+        (workdir / "config.json").write_text(text, encoding="utf-8")
+        cli.log_devices(mesh)
+        logging.info("Parameters: %s.", f"{count_parameters(state.params):,}")
+        logging.info("Training from step %d to %d.", first, options.num_steps)
+        writer = writers.default_writer(workdir, restored_step=first)
+        stack.callback(writer.close)
+        stack.enter_context(cli.profile(workdir))
+        loop.train(
+            state,
+            step_fn,
+            data,
+            options,
+            mesh=mesh,
+            checkpointer=checkpointer,
+            writer=writer,
+            config=config,
+            on_sample=on_sample,
+        )
+
+
+def check_unchanged(
+    saved: Mapping[str, Any], config: Mapping[str, Any], workdir: pathlib.Path
+) -> None:
+    """Passes when a run can be continued: its configuration is `config`, up to `CHANGEABLE`.
+
+    Args:
+        saved: the configuration of the run, from its checkpoint.
+        config: the one that it is to be continued with.
+        workdir: folder of the run, for the message.
+
+    Raises:
+        ValueError: a key differs; the message names it and both values.
+    """
+    before, now = _flatten(saved), _flatten(config)
+    # Found in the data, not configured; runs of earlier versions did not save it.
+    before.setdefault("data.num_frames", now.get("data.num_frames"))
+    for key in sorted(before.keys() | now.keys()):
+        old, new = (values.get(key, "nothing") for values in (before, now))
+        if key not in CHANGEABLE and old != new:
+            raise ValueError(
+                f"The run in {workdir} was started with {key}={old!r}, but now it is {new!r}: "
+                "continue it with the --config flags that started it, choose another --workdir, "
+                "or pass --overwrite to start anew."
             )
-    finally:
-        writer.close()
 
 
-def _export(path: str, checkpointer: Checkpointer) -> None:
-    params, frozen = checkpointer.restore_model()
-    config = checkpointer.restore_config()
-    bundle.save_bundle(path, params, frozen["codec"], config)
-    _LOGGER.info("Wrote %s (%.2f MB).", path, os.path.getsize(path) / 1e6)
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"network.width": 8, ...} of a nested configuration."""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def _progress(folder: pathlib.Path) -> tuple[int, dict[str, Any] | None]:
+    """The newest checkpoint's step and configuration; 0 and None without one."""
+    if not folder.is_dir():
+        return 0, None
+    with contextlib.closing(Checkpointer(folder)) as checkpointer:
+        step = checkpointer.latest_step()
+        return (0, None) if step is None else (step, checkpointer.restore_config())
+
+
+def _restore_codec(folder: pathlib.Path) -> Any:
+    with contextlib.closing(Checkpointer(folder)) as checkpointer:
+        return checkpointer.restore_model()[1]["codec"]
+
+
+def _export(path: str, folder: pathlib.Path) -> None:
+    with contextlib.closing(Checkpointer(folder)) as checkpointer:
+        params, frozen = checkpointer.restore_model()
+        bundle.save_bundle(path, params, frozen["codec"], checkpointer.restore_config())
+    logging.info("Wrote %s (%.2f MB).", path, os.path.getsize(path) / 1e6)
 
 
 def _delete_run(workdir: pathlib.Path) -> None:
@@ -123,4 +207,9 @@ def _delete_run(workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_bool("overwrite", False, "Delete the run in the workdir and start anew.")
+    flags.DEFINE_string("export", None, "File (.npz) for the trained model, when it is complete.")
+    cli.define_config("tiny.py")
+    flags.adopt_module_key_flags(cli)
     cli.run(main)

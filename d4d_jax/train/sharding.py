@@ -14,10 +14,11 @@ def make_mesh(data: int | None = None, fsdp: int = 1) -> Mesh:
     """Returns the mesh ("data", "fsdp") over the visible devices.
 
     Args:
-      data: devices along the batch axis; None takes all that `fsdp` leaves.
-      fsdp: devices along the parameter axis.
+        data: devices along the batch axis; None takes all that `fsdp` leaves.
+        fsdp: devices along the parameter axis.
 
-    Raises ValueError when data * fsdp is not the number of devices.
+    Raises:
+        ValueError: data * fsdp is not the number of devices.
     """
     count = jax.device_count()
     if data is None:
@@ -40,6 +41,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, jax.P(("data", "fsdp")))
 
 
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Passes when batches of that many clips can be split over the devices of the mesh.
+
+    Raises:
+        ValueError: it is not a multiple of the number of devices.
+    """
+    if batch_size % mesh.size:
+        raise ValueError(
+            f"A batch of {batch_size} clips cannot be split over {mesh.size} devices: choose a "
+            "batch size that is a multiple of that."
+        )
+
+
 def place_state(state: PyTree, mesh: Mesh) -> PyTree:
     """Returns the state with a copy of every leaf on each device of the mesh."""
     return jax.device_put(state, replicated(mesh))
@@ -48,12 +62,9 @@ def place_state(state: PyTree, mesh: Mesh) -> PyTree:
 def place_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Returns the batch with its leading axis split over the devices of the mesh.
 
-    Raises ValueError when the batch size is not a multiple of the number of devices.
+    Raises:
+        ValueError: as `check_batch_size`.
     """
     for leaf in jax.tree.leaves(batch):
-        if leaf.shape[0] % mesh.size:
-            raise ValueError(
-                f"A batch of {leaf.shape[0]} clips cannot be split over {mesh.size} devices: "
-                "choose a batch size that is a multiple of it."
-            )
+        check_batch_size(leaf.shape[0], mesh)
     return jax.device_put(batch, batch_sharding(mesh))

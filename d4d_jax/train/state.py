@@ -17,14 +17,14 @@ class TrainState:
     """The state of a training run after `step` updates.
 
     Attributes:
-      step: number of updates made so far.
-      params: trained parameters, float32.
-      ema: exponential moving average of `params`, same structure; what sampling uses.
-      opt_state: state of the optax optimizer.
-      key: the run's random key. It never changes: step n draws from `fold_in(key, n)`, so a
-        restored run continues with the draws that it would have made.
-      frozen: arrays that belong to the run and are not trained (the latent codec, a frozen
-        3D-aware network). They travel in the checkpoint so that a run is complete by itself.
+        step: number of updates made so far.
+        params: trained parameters, float32.
+        ema: exponential moving average of `params`, same structure; what sampling uses.
+        opt_state: state of the optax optimizer.
+        key: the run's random key. It never changes: step n draws from `fold_in(key, n)`, so a
+            restored run continues with the draws that it would have made.
+        frozen: arrays that belong to the run and are not trained (the latent codec, a frozen
+            3D-aware network). They travel in the checkpoint so that a run is complete by itself.
     """
 
     step: Int[Array, ""]

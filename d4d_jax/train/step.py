@@ -33,14 +33,17 @@ def make_train_step(
     """Returns the compiled update `(state, batch) -> (state, metrics)`.
 
     Args:
-      loss_fn: `(params, frozen, batch, key) -> (loss, metrics)`, with `loss` the scalar mean
-        over the batch and `metrics` further scalars. Any network and any objective fit.
-      optimizer: optax transformation; its state lives in `TrainState.opt_state`.
-      ema_decay: final decay of the parameter average, in [0, 1); 0 makes it equal `params`.
+        loss_fn: `(params, frozen, batch, key) -> (loss, metrics)`, with `loss` the scalar mean
+            over the batch and `metrics` further scalars. Any network and any objective fit.
+        optimizer: optax transformation; its state lives in `TrainState.opt_state`.
+        ema_decay: final decay of the parameter average, in [0, 1); 0 makes it equal `params`.
 
-    The returned function donates the state: use the one that it returns. Its metrics hold
-    `loss`, `grad_norm` (before clipping) and what `loss_fn` reported. Raises ValueError for a
-    decay outside [0, 1).
+    Returns:
+        The update. It donates the state: use the one that it returns. Its metrics hold `loss`,
+        `grad_norm` (before clipping) and what `loss_fn` reported.
+
+    Raises:
+        ValueError: the decay is outside [0, 1).
     """
     if not 0.0 <= ema_decay < 1.0:
         raise ValueError(f"ema_decay must lie in [0, 1), but it is {ema_decay}.")

@@ -47,9 +47,9 @@ class JsonlWriter:
         """Opens the file for appending.
 
         Args:
-          directory: created when missing.
-          restored_step: step that the run continues from. Lines of later steps, and a line cut
-            short by a crash, are dropped first, so that no step occurs twice.
+            directory: created when missing.
+            restored_step: step that the run continues from. Lines of later steps, and a line cut
+                short by a crash, are dropped first, so that no step occurs twice.
         """
         self._directory = pathlib.Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
