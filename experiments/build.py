@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from optax.contrib import MuonDimensionNumbers, muon
 
 import d4d_jax
 from d4d_jax import losses, media, registry
@@ -103,15 +104,39 @@ def _without_caption(batch: PyTree) -> PyTree:
 
 
 def build_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns AdamW with a clipped gradient and the rate of `build_rate`.
+    """Returns AdamW or Muon, with a clipped gradient and the rate of `build_rate`.
+
+    Muon (Jordan 2024; scaled to the step size of AdamW as in arXiv 2502.16982) orthogonalises the
+    update of every matrix and convolution kernel; vectors still get AdamW.
 
     Raises:
-        ValueError: as `build_rate`.
+        ValueError: the name is neither "adamw" nor "muon", or as `build_rate`.
     """
     options = config["optimizer"]
-    return optax.chain(
-        optax.clip_by_global_norm(options["clip_norm"]),
-        optax.adamw(build_rate(config), weight_decay=options["weight_decay"]),
+    rate, decay = build_rate(config), options["weight_decay"]
+    if options["name"] == "adamw":
+        update = optax.adamw(rate, weight_decay=decay)
+    elif options["name"] == "muon":
+        update = muon(
+            rate,
+            weight_decay=decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_kernel_axes,
+        )
+    else:
+        raise ValueError(f"The optimizer is 'adamw' or 'muon', not {options['name']!r}.")
+    return optax.chain(optax.clip_by_global_norm(options["clip_norm"]), update)
+
+
+def _kernel_axes(params: PyTree) -> PyTree:
+    """Which axes of each kernel are inputs and outputs; None for vectors."""
+    return jax.tree.map(
+        lambda leaf: (
+            MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+            if leaf.ndim > 1
+            else None
+        ),
+        params,
     )
 
 

@@ -15,13 +15,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"tiny.py takes no argument or 'smoke', not {arg!r}.")
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.num_steps = 9500
+    config.num_steps = 6000
     config.batch_size = 1
     config.ema_decay = 0.998
     config.log_every = 50
     config.checkpoint_every = 500
     config.sample_every = 0
-    config.keep_checkpoints = 3
+    config.keep_checkpoints = 2
 
     config.data = ml_collections.ConfigDict(
         dict(
@@ -63,7 +63,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     config.optimizer = ml_collections.ConfigDict(
         dict(
-            learning_rate=2e-3,
+            name="muon",  # or "adamw", about four times as many steps for the same loss
+            learning_rate=3e-3,
             warmup_steps=100,
             decay="cosine",  # to 0 at num_steps; or "constant"
             clip_norm=1.0,
@@ -83,4 +84,4 @@ def _make_small(config: ml_collections.ConfigDict) -> None:
     config.network.update(width=8, multipliers=(1,), attention_levels=(), head_dim=8, groups=4)
     config.network.temporal_conv = False
     config.optimizer.warmup_steps = 1
-    config.optimizer.decay = "constant"
+    config.optimizer.update(name="adamw", decay="constant")
