@@ -10,13 +10,11 @@ seed gives the same bytes on the same platform.
 
 import json
 
-import jax
 from absl import flags, logging
 
 from d4d_jax import clips
 from experiments import cli, sample
-from experiments.reconstruct import ProgressLine, outputs, to_config, write_results
-from gaussians.reconstruct import reconstruct
+from experiments.reconstruct import fit, outputs, to_config, write_results
 
 #: The asset along the orbit; `orbit.mp4` is the sampled video.
 _ORBIT = "asset_orbit.mp4"
@@ -33,10 +31,9 @@ def main() -> None:
         sample.write_samples(sample.sample(image, pipeline), workdir)
         # Reconstruct what the files hold, as experiments.reconstruct --clip would.
         clip = clips.read_clip(workdir / "orbit_frames")
-        key = jax.random.key(sample.SEED.value)
-        asset = reconstruct(clip, config, key, callback=ProgressLine())
+        asset, seconds = fit(clip, config, sample.SEED.value)
     facts = {"prompt": sample.settings(), "measured_motion": clip.motion}
-    report = write_results(asset, clip, workdir, orbit=_ORBIT, facts=facts)
+    report = write_results(asset, clip, workdir, seconds=seconds, orbit=_ORBIT, facts=facts)
     logging.info("Wrote %s: %s", workdir, json.dumps(report))
 
 

@@ -22,6 +22,10 @@ _MARGIN = 2  # voxels of empty space around the carved box
 _DEPTH = 1.5  # standard deviations of a splat below the surface
 
 
+class EmptyHull(ValueError):
+    """The silhouettes have no point in common."""
+
+
 @register("initializer", "visual_hull")
 def visual_hull(
     images: Float[AnyArray, "v h w 3"],
@@ -84,7 +88,7 @@ def visual_hull(
     centers = _grid(lower, voxel, tuple(int(side) for side in shape))
     inside = carve(centers.reshape(-1, 3), masks, camera, tolerance).reshape(centers.shape[:3])
     if not inside.any():
-        raise ValueError(_nothing_left(masks, tolerance))
+        raise EmptyHull(_nothing_left(masks, tolerance))
 
     surface = inside & np.logical_not(ndimage.binary_erosion(inside))
     points, normals = centers[surface], _outward_normals(inside)[surface]
@@ -244,7 +248,7 @@ def _bounding_box(
     centers = _grid(lower, voxel, (_COARSE_RESOLUTION,) * 3).reshape(-1, 3)
     kept = centers[carve(centers, widened, camera, tolerance)]
     if not len(kept):
-        raise ValueError(_nothing_left(masks, tolerance))
+        raise EmptyHull(_nothing_left(masks, tolerance))
     return kept.min(axis=0) - voxel / 2, kept.max(axis=0) + voxel / 2
 
 

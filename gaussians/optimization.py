@@ -287,6 +287,21 @@ def densify(
     )
 
 
+def reset_opacity(state: TrainState, *, density: AdaptiveDensity) -> TrainState:
+    """Cuts all opacities down; their moments start anew, those of everything else go on."""
+    splats = density.reset_opacity(state.splats)
+
+    def without(moments: PyTree) -> PyTree:
+        zeros = jnp.zeros_like(moments["splats"]["opacity_logits"])
+        return moments | {"splats": moments["splats"] | {"opacity_logits": zeros}}
+
+    return dataclasses.replace(
+        state,
+        params=state.params | {"splats": splats.parameters},
+        optimizer=move_moments(state.optimizer, state.params, without),
+    )
+
+
 def _group(path: tuple) -> str:
     """The learning-rate group of a leaf of `TrainState.params`."""
     keys = [getattr(entry, "key", None) for entry in path]

@@ -1,6 +1,7 @@
 """What a reconstruction derives from a clip before its first step: views, and first splats."""
 
 import functools
+import logging
 import math
 from typing import Any
 
@@ -15,6 +16,8 @@ from gaussians import initialize
 from gaussians.deformation.lifespan import Lifespan
 from gaussians.optimization import Views
 from gaussians.types import Splats
+
+_LOGGER = logging.getLogger(__name__)
 
 #: A pixel belongs to the object where its colour is this far from the background (8-bit steps).
 _FOREGROUND = 4 / 255
@@ -94,7 +97,8 @@ def first_splats(
             resolution=_hull_resolution(clip),
             **options,
         )
-    except ValueError:
+    except initialize.EmptyHull as error:
+        _LOGGER.warning("%s Starting from a random cube instead.", error)
         return initialize.random_cube(num_splats, **options)
 
 
@@ -194,7 +198,7 @@ def _window_hull(
             opacity=opacity,
             key=jax.random.fold_in(key, window.start),
         )
-    except ValueError:
+    except initialize.EmptyHull:
         return None
 
 

@@ -1,5 +1,6 @@
 """The binary, run as people run it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from d4d_jax.data import synthetic
 from experiments import reconstruct as binary
 from experiments.configs import reconstruct as configs
 from gaussians import io
+from gaussians.deformation import build
 from gaussians.reconstruct import ReconstructConfig
 
 ROOT = Path(__file__).parent.parent
@@ -113,14 +115,16 @@ def test_overwriting_is_possible_and_front_frames_may_be_missing(clip_folder, tm
     (tmp_path / "report.json").write_text("{}")
     bare = clips.OrbitClip(clip.camera, clip.timestamps, dynamic=clip.dynamic)
     asset = binary.reconstruct(bare, binary.to_config(config), jax.random.key(0))
-    report = binary.write_results(asset, bare, tmp_path)
+    report = binary.write_results(asset, bare, tmp_path, seconds=1.0)
     assert report["psnr"]["front"] is None and report["psnr"]["static"] is None
-    assert report["front_hold_still"] is None and report["psnr"]["dynamic"] > 0
+    assert report["front_unseen"] is None and report["psnr"]["dynamic"] > 0
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
 def test_the_default_configuration_is_the_library_s():
-    assert binary.to_config(configs.get_config()) == ReconstructConfig()
+    spelt_out, default = binary.to_config(configs.get_config()), ReconstructConfig()
+    assert build(spelt_out.deformation) == build(default.deformation)
+    assert dataclasses.replace(spelt_out, deformation=default.deformation) == default
     fast = binary.to_config(configs.get_config("fast"))
     assert fast.capacity < ReconstructConfig().capacity
     with pytest.raises(ValueError, match="not 'quick'"):
@@ -131,7 +135,14 @@ def test_the_default_configuration_is_the_library_s():
         binary.to_config(misspelt)
 
 
-def test_scores_of_identical_frames_are_left_out():
-    """The shipped clips' first front frame is their first static frame, exactly."""
-    assert binary._mean(np.array([np.inf, 10.0, 20.0])) == 15.0
-    assert binary._mean(np.array([np.inf])) is None
+def test_front_frames_that_the_orbit_shows_are_not_unseen():
+    """A closed orbit begins and ends at the front camera; the frames between are unseen."""
+    clip = synthetic.make_clip(0, num_frames=4, size=24)
+    render = clip.front.copy()
+    render[[0, 3]] = 0.0
+    render[1:3] = np.clip(render[1:3] + 0.1, 0, None)
+    unseen = binary._front_unseen(clip, render)
+    assert unseen["psnr"] == pytest.approx(20.0, abs=0.01)
+    assert 0 < unseen["hold_still"] < 60
+    with pytest.raises(ValueError, match="A score is nan"):
+        binary._front_unseen(clip, np.full_like(render, np.nan))

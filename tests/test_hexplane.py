@@ -165,6 +165,20 @@ def test_hold_freezes_the_future_and_keeps_the_past():
     np.testing.assert_allclose(later, np.repeat(now, 3, 0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("t", [0.1, 0.5])
+def test_hold_between_two_nodes_keeps_the_moment_itself(t):
+    field, splats = HexPlane(**SIZES), make_splats()
+    params = random_params(field)
+    held = field.hold(params, t)
+    np.testing.assert_allclose(
+        positions_at(field, held, splats, [0.0, t]),
+        positions_at(field, params, splats, [0.0, t]),
+        rtol=1e-5,
+    )
+    last = positions_at(field, held, splats, [0.7, 1.0])
+    np.testing.assert_allclose(last[0], last[1], rtol=1e-5)
+
+
 def test_lookups_reproduce_linear_functions():
     x, y = jnp.linspace(0, 1, 4), jnp.linspace(0, 1, 6)
     plane = (2 * x[:, None] - y[None, :] + 1)[..., None]

@@ -12,7 +12,7 @@ from gaussians.asset import pair_capacity
 from gaussians.deformation import build
 from gaussians.deformation.lifespan import Lifespan
 from gaussians.densify import AdaptiveDensity
-from gaussians.optimization import StepSettings, create_state, step
+from gaussians.optimization import LearningRates, StepSettings, create_state, step
 from gaussians.reconstruct import ReconstructConfig, Stage, view_order
 from gaussians.reconstruct import reconstruct as run
 
@@ -36,9 +36,10 @@ CONFIG = ReconstructConfig(
     num_windows=2,
     deformation=FIELD,
     warmup=Stage(30, static_fraction=1.0),
-    coarse=Stage(40, static_fraction=0.25, curriculum=0.5, end_rate=0.5),
-    fine=Stage(60, static_fraction=0.25),
-    density=AdaptiveDensity(start=70, stop=100, every=20, reset_every=0),
+    coarse=Stage(80, static_fraction=0.25, curriculum=0.5, end_rate=0.5),
+    fine=Stage(160, static_fraction=0.25),
+    density=AdaptiveDensity(start=110, stop=200, every=40, reset_every=0),
+    rates=LearningRates(planes=2e-2, network=5e-3),  # a short run takes long steps
 )
 SHORT = dataclasses.replace(
     CONFIG, warmup=Stage(2, static_fraction=1.0), coarse=Stage(2), fine=Stage(2)
@@ -81,7 +82,7 @@ def leaves(asset):
 
 def test_a_moving_asset_beats_a_static_one_clearly(asset, clip):
     still = dataclasses.replace(CONFIG, deformation={"name": "identity"})
-    assert dynamic_psnr(asset, clip) > dynamic_psnr(run(clip, still, jax.random.key(0)), clip) + 2
+    assert dynamic_psnr(asset, clip) > dynamic_psnr(run(clip, still, jax.random.key(0)), clip) + 4
 
 
 def test_the_canonical_pose_is_the_static_orbit(asset, clip):
@@ -252,3 +253,27 @@ def test_bad_settings_are_explained():
         Stage(10, static_fraction=1.5)
     with pytest.raises(ValueError, match="cannot be negative"):
         Stage(-1)
+
+
+def test_opacities_are_reset_when_the_density_says_so(clip):
+    density = AdaptiveDensity(start=100, stop=200, every=100, reset_every=6)
+    reset = run(clip, dataclasses.replace(SHORT, density=density), jax.random.key(0))
+    opacities = jax.nn.sigmoid(reset.splats.opacity_logits[reset.splats.active])
+    assert 0.001 < float(opacities.max()) <= density.reset_opacity_to + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"static_time": 2.0}, r"static_time must lie in \[0, 1\]; got 2.0"),
+        ({"sh_degree": 5}, "sh_degree must be 0, 1, 2 or 3; got 5"),
+        ({"implementation": "fastest"}, "There is no rasterizer 'fastest'"),
+        ({"deformation": {"name": "jelly"}}, "Unknown deformation 'jelly'"),
+        ({"num_splats": 0}, "num_splats=0 must be at least 1"),
+    ],
+)
+def test_settings_are_checked_before_anything_runs(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(ValueError, match=r"start_rate=0.0 and end_rate=0.1 must be above 0"):
+        Stage(3, start_rate=0.0)

@@ -149,14 +149,13 @@ class HexPlane:
         return {"plane_tv": plane_tv, "time_smoothness": time_smoothness, "time_l1": time_l1}
 
     def hold(self, params: PyTree, t: Timestamp) -> PyTree:
-        """Copies the state at `t` to all later nodes of the time planes."""
-        instants = jnp.linspace(0, 1, self.time_resolution)[:, None, None]
+        """Copies the first node of the time planes at or after `t` to all later nodes."""
+        position = jnp.clip(jnp.asarray(t), 0, 1) * (self.time_resolution - 1)
+        last = jnp.ceil(position - 1e-4).astype(int)  # a node, whatever the rounding of t
+        later = (jnp.arange(self.time_resolution) > last)[:, None, None]
         held = [
             planes
-            | {
-                name: jnp.where(instants > t, slice_at(planes[name], t), planes[name])
-                for name, _ in _TEMPORAL
-            }
+            | {name: jnp.where(later, planes[name][last], planes[name]) for name, _ in _TEMPORAL}
             for planes in params["planes"]
         ]
         return params | {"planes": tuple(held)}
