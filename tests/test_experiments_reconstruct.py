@@ -129,6 +129,9 @@ def test_the_default_configuration_is_the_library_s():
     assert fast.capacity < ReconstructConfig().capacity
     with pytest.raises(ValueError, match="not 'quick'"):
         configs.get_config("quick")
+    plain = binary.to_config(configs.get_config("smoke,hexplane"))
+    assert plain.deformation["name"] == "hexplane" and plain.window_splats == 0
+    assert binary.to_config(configs.get_config("identity")).deformation == {"name": "identity"}
     misspelt = configs.get_config()
     misspelt.fine.step = 3
     with pytest.raises(ValueError, match="'step' is no field of Stage; it has steps"):

@@ -2,22 +2,26 @@
 
 `reconstruct.py` is for 256 x 256 clips and takes under ten minutes on two CPU cores;
 `reconstruct.py:fast` is for 64 x 64 clips, about a minute and a half; `reconstruct.py:smoke` takes
-seconds and proves only that everything runs.
+seconds and proves only that everything runs. A comma adds a deformation: `:hexplane` is HexPlane
+without short-lived splats, `:identity` does not move at all (`reconstruct.py:fast,hexplane`).
 """
 
 import ml_collections
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """Returns the configuration; `arg` is "", "fast" or "smoke".
+    """Returns the configuration; `arg` is any of the words above, separated by commas.
 
-    Raises ValueError for another `arg`.
+    Raises:
+        ValueError: another word.
     """
-    variants = {"": lambda config: None, "fast": _fast, "smoke": _smoke}
-    if arg not in variants:
-        raise ValueError(f"reconstruct.py takes no argument, 'fast' or 'smoke', not {arg!r}.")
+    variants = {"fast": _fast, "smoke": _smoke, "hexplane": _hexplane, "identity": _identity}
     config = _default()
-    variants[arg](config)
+    for word in filter(None, arg.split(",")):
+        if word not in variants:
+            known = ", ".join(variants)
+            raise ValueError(f"reconstruct.py knows the variants {known}, not {word!r}.")
+        variants[word](config)
     return config
 
 
@@ -41,6 +45,7 @@ def _default() -> ml_collections.ConfigDict:
         width=64,
         depth=2,
         opacity=False,
+        detach_coordinates=True,
     )
     config.deformation = dict(name="lifespan", base=hexplane, knots=9)
     config.warmup = _stage(steps=300, static_fraction=1.0, low_steps=200)
@@ -55,8 +60,12 @@ def _default() -> ml_collections.ConfigDict:
         gradient_threshold=2e-4,
         extent=2.2,
         clone_scale=0.01,
+        shrink=1.6,
         opacity_threshold=0.005,
+        prune_scale=0.1,
+        prune_scale_after=3000,
         reset_every=0,
+        reset_opacity_to=0.01,
     )
     config.weights = dict(
         l1=0.8,
@@ -115,3 +124,13 @@ def _smoke(config: ml_collections.ConfigDict) -> None:
     config.density.update(start=2, every=5)
     for stage in ("warmup", "coarse", "fine"):
         config[stage].update(steps=6, low_steps=0)
+
+
+def _hexplane(config: ml_collections.ConfigDict) -> None:
+    config.deformation = config.deformation.base
+    config.window_splats = 0  # They come and go by the lifespan field.
+
+
+def _identity(config: ml_collections.ConfigDict) -> None:
+    config.deformation = dict(name="identity")
+    config.window_splats = 0
