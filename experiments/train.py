@@ -158,10 +158,10 @@ def check_unchanged(
     # Found in the data, not configured; runs of earlier versions did not save it.
     before.setdefault("data.num_frames", now.get("data.num_frames"))
     for key in sorted(before.keys() | now.keys()):
-        old, new = (values.get(key, "nothing") for values in (before, now))
+        old, new = (repr(d[key]) if key in d else "absent" for d in (before, now))
         if key not in CHANGEABLE and old != new:
             raise ValueError(
-                f"The run in {workdir} was started with {key}={old!r}, but now it is {new!r}: "
+                f"The run in {workdir} was started with {key}={old}, but now it is {new}: "
                 "continue it with the --config flags that started it, choose another --workdir, "
                 "or pass --overwrite to start anew."
             )
