@@ -93,6 +93,8 @@ def _train(
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config["batch_size"], mesh)
 
+    optimizer, schedule = build.build_optimizer(config), build.build_schedule(config)
+
     # Data.
     source = build.build_source(config)
     config = config | {"data": config["data"] | {"num_frames": source.num_frames}}
@@ -107,8 +109,8 @@ def _train(
     batch = build.example_batch(source)
     network = build.build_network(config, build.latent_channels(codec, codec_params, batch))
     state = build.init_state(config, network, codec, codec_params, batch)
-    loss_fn = build.build_loss(config, network, codec, build.build_schedule(config))
-    step_fn = make_train_step(loss_fn, build.build_optimizer(config), ema_decay=config["ema_decay"])
+    loss_fn = build.build_loss(config, network, codec, schedule)
+    step_fn = make_train_step(loss_fn, optimizer, ema_decay=config["ema_decay"])
     on_sample = build.build_sampler(config, source) if options.sample_every else None
 
     # Everything is known to be sound: write from here on.
