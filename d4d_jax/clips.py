@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -78,7 +79,7 @@ class OrbitClip:
 
     def resized(self, width: int, height: int) -> "OrbitClip":
         """The same clip at another resolution (area averaging when shrinking)."""
-        changes = {"camera": self.camera.resized(width, height)}
+        changes: dict[str, Any] = {"camera": self.camera.resized(width, height)}
         for view in _STEMS:
             frames, alpha = getattr(self, view), getattr(self, f"{view}_alpha")
             if frames is not None:

@@ -59,7 +59,7 @@ def write_video(
         # JAX warns about forks; this one only starts ffmpeg.
         warnings.filterwarnings("ignore", message=r"os\.fork", category=RuntimeWarning)
         iio.imwrite(
-            path,
+            Path(path),
             frames,
             plugin="FFMPEG",
             fps=fps,

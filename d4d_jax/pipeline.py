@@ -179,7 +179,7 @@ def prepare_image(image: Float[AnyArray, "h w c"], size: int) -> Float[np.ndarra
     rgba = np.concatenate([color, alpha], axis=-1)
     height, width = rgba.shape[:2]
     side = max(height, width)
-    square = np.broadcast_to(np.float32([1, 1, 1, 0]), (side, side, 4)).copy()
+    square = np.tile(np.array([1, 1, 1, 0], np.float32), (side, side, 1))
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = rgba
     return 2 * clips.resize(square[None], size, size)[0] - 1

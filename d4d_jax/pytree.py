@@ -6,6 +6,7 @@ rebuilding skips `__init__`, so that the checks see what people construct and no
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -35,7 +36,7 @@ def dataclass(cls: type[T]) -> type[T]:
         keys = (jax.tree_util.GetAttrKey(name) for name in traced)
         return tuple(zip(keys, children, strict=True)), structure
 
-    def unflatten(structure: tuple, children: tuple) -> T:
+    def unflatten(structure: tuple, children: Iterable[Any]) -> T:
         value = object.__new__(cls)
         for name, child in zip(traced + fixed, (*children, *structure), strict=True):
             object.__setattr__(value, name, child)

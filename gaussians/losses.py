@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from d4d_jax.metrics.ssim import ssim
 from d4d_jax.typing import AnyArray
@@ -24,9 +24,6 @@ class LossWeights:
         dssim: 1 - SSIM. 3DGS uses 0.8 and 0.2 for these two.
         alpha: mean absolute error of the silhouette, for frames that carry alpha.
         depth: edge-aware depth smoothness.
-        rigidity: stretching of the distances between neighbours, in world units. Off by default:
-            at 1.0 it cost 2 dB on the dynamic orbit and 0.9 dB on held-out views of a clip with a
-            large motion, where splats that come and go serve better than ones that must travel.
         plane_tv, time_smoothness, time_l1: regularisers of the HexPlane field.
         lifespan: distance of the opacity curves from where they started.
     """
@@ -35,7 +32,6 @@ class LossWeights:
     dssim: float = 0.2
     alpha: float = 0.3
     depth: float = 0.0
-    rigidity: float = 0.0
     plane_tv: float = 1e-4
     time_smoothness: float = 1e-2
     time_l1: float = 1e-4
@@ -96,31 +92,6 @@ def depth_smoothness(
         step = jnp.abs(jnp.diff(expected, axis=axis))
         total += jnp.sum(jnp.where(pairs, step * jnp.exp(-edge_sharpness * edge), 0))
     return total / depth.size
-
-
-def rigidity(
-    rest: Float[Array, "n 3"],
-    moved: Float[Array, "n 3"],
-    neighbours: Int[Array, "n k"],
-    active: Bool[Array, "n"],
-) -> Float[Array, ""]:
-    """How far the distances between neighbours are from those at rest: mean | |e'| - |e| |.
-
-    It holds the object together where no view sees it: an instant is seen from one side, and along
-    that line of sight the images do not care where splats go. Rotating parts cost nothing.
-
-    Args:
-        rest: canonical positions, in world units; constants for this loss.
-        moved: positions at one instant.
-        neighbours: k slots per slot.
-        active: the slots that count.
-    """
-    rest = jax.lax.stop_gradient(rest)
-    at_rest = jnp.linalg.norm(rest[neighbours] - rest[:, None], axis=-1)
-    # The small constant keeps the gradient finite where two splats coincide.
-    apart = jnp.sqrt(jnp.sum((moved[neighbours] - moved[:, None]) ** 2, axis=-1) + 1e-12)
-    stretch = jnp.mean(jnp.abs(apart - at_rest), axis=-1)
-    return jnp.sum(jnp.where(active, stretch, 0)) / jnp.maximum(jnp.sum(active), 1)
 
 
 def weighted_sum(losses: Mapping[str, Float[Array, ""]], weights: LossWeights) -> Float[Array, ""]:

@@ -10,10 +10,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
-from scipy.spatial import cKDTree
 
 from d4d_jax import pytree
 from d4d_jax.cameras import Camera
@@ -99,14 +97,12 @@ class TrainState:
     Attributes:
         params: {"splats": the float fields of Splats, "deformation": the field's parameters}.
         active: which slots hold a splat.
-        neighbours: slots of the nearest splats of every slot, see `find_neighbours`.
         optimizer: optax state, shaped like `params`.
         statistics: what densification will look at.
     """
 
     params: PyTree
     active: Bool[Array, "n"]
-    neighbours: Int[Array, "n k"]
     optimizer: PyTree
     statistics: GradientStatistics
 
@@ -145,52 +141,21 @@ def optimizer(rates: LearningRates) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_adam(eps=1e-15), optax.stateless(scale))
 
 
-def create_state(
-    splats: Splats, field: Deformation, field_params: PyTree, rates: LearningRates
-) -> TrainState:
+def create_state(splats: Splats, field_params: PyTree, rates: LearningRates) -> TrainState:
     """A fresh state; nothing in it shares memory with the arguments, so it can be donated."""
     params = jax.tree.map(jnp.array, {"splats": splats.parameters, "deformation": field_params})
     return TrainState(
         params=params,
         active=jnp.array(splats.active),
-        neighbours=find_neighbours(splats, field, field_params),
         optimizer=optimizer(rates).init(params),
         statistics=GradientStatistics.create(len(splats)),
     )
-
-
-def find_neighbours(
-    splats: Splats, field: Deformation, field_params: PyTree, count: int = 4
-) -> Int[Array, "n k"]:
-    """The nearest other splats of every active slot, among those that live at the same time.
-
-    Near means near at rest; differing opacities at five instants count as distance, so that splats
-    of different lifespans, which may lie in the same place at rest, do not get coupled. Inactive
-    slots, and all slots when there are too few splats, are their own neighbours.
-    """
-    slots = np.flatnonzero(np.asarray(splats.active))
-    neighbours = np.repeat(np.arange(len(splats))[:, None], count, axis=1)
-    if len(slots) > count:
-        means = np.asarray(splats.means)
-        alive = np.asarray(_opacities(splats, field_params, field)).T
-        places = np.concatenate([means, 0.1 * alive], axis=-1)[slots]
-        neighbours[slots] = slots[cKDTree(places).query(places, count + 1)[1][:, 1:]]
-    return jnp.asarray(neighbours, jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("field",))
-def _opacities(splats: Splats, field_params: PyTree, field: Deformation) -> Float[Array, "5 n"]:
-    """The opacity of every splat at t = 0, 1/4, ..., 1."""
-    instants = jnp.linspace(0, 1, 5)
-    logits = jax.lax.map(lambda t: field.apply(field_params, splats, t).opacity_logits, instants)
-    return jax.nn.sigmoid(logits)
 
 
 def view_loss(
     params: PyTree,
     offset: Float[Array, "n 2"],
     active: Bool[Array, "n"],
-    neighbours: Int[Array, "n k"],
     views: Views,
     index: int | Int[Array, ""],
     settings: StepSettings,
@@ -223,9 +188,6 @@ def view_loss(
         terms["depth"] = losses.depth_smoothness(render.depth, render.alpha, target)
     if field is not None:
         terms |= field.regularization(params["deformation"])
-    if field is not None and weights.rigidity > 0:
-        rest = params["splats"]["means"]
-        terms["rigidity"] = losses.rigidity(rest, splats.means, neighbours, active)
     loss = losses.weighted_sum(terms, weights)
     mse = jnp.mean((render.rgb - target) ** 2)
     return loss, StepReport(loss=loss, mse=mse, overflow=render.overflow, radii=render.radii)
@@ -248,7 +210,7 @@ def step(
     """
     offset = jnp.zeros((state.active.shape[0], 2))
     (_, report), (grads, shifts) = jax.value_and_grad(view_loss, argnums=(0, 1), has_aux=True)(
-        state.params, offset, state.active, state.neighbours, views, index, settings
+        state.params, offset, state.active, views, index, settings
     )
     updates, moments = optimizer(settings.rates).update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
@@ -281,7 +243,6 @@ def densify(
     return TrainState(
         params={"splats": refined.splats.parameters, "deformation": field_params},
         active=refined.splats.active,
-        neighbours=find_neighbours(refined.splats, field, field_params),
         optimizer=move_moments(state.optimizer, state.params, moved),
         statistics=GradientStatistics.create(len(refined.splats)),
     )
@@ -304,7 +265,7 @@ def reset_opacity(state: TrainState, *, density: AdaptiveDensity) -> TrainState:
 
 def _group(path: tuple) -> str:
     """The learning-rate group of a leaf of `TrainState.params`."""
-    keys = [getattr(entry, "key", None) for entry in path]
+    keys = [str(getattr(entry, "key", "")) for entry in path]
     if keys[0] == "splats":
         return keys[1]
     for group in ("planes", "curves"):

@@ -185,10 +185,11 @@ def _window_hull(
     tolerance: int,
 ) -> Splats | None:
     """Splats on the hull of a window of the dynamic orbit; None where the silhouettes disagree."""
-    masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip)
+    frames = np.asarray(clip.dynamic)
+    masks = silhouettes(frames, clip.dynamic_alpha, clip)
     try:
         return initialize.visual_hull(
-            np.asarray(clip.dynamic[window]),
+            frames[window],
             masks[window],
             clip.camera[window],
             num_splats=num_splats,
@@ -207,7 +208,7 @@ def _left_behind(splats: Splats, clip: OrbitClip, first: int, last: int) -> Bool
     masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip)[first : last + 1] > 0.5
     camera = jax.tree.map(np.asarray, clip.camera[first : last + 1])
     inside = initialize.carve(np.asarray(splats.means, np.float32), masks, camera, tolerance=1)
-    return splats.active & ~jnp.asarray(inside)
+    return jnp.asarray(splats.active) & ~jnp.asarray(inside)
 
 
 def _hull_resolution(clip: OrbitClip) -> int:

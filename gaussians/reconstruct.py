@@ -210,7 +210,7 @@ def reconstruct(
     splats = preparation.first_splats(
         clip, config.num_splats, config.capacity, config.sh_degree, first_key
     )
-    state = create_state(splats, field, jax.jit(field.init)(field_key, splats), config.rates)
+    state = create_state(splats, jax.jit(field.init)(field_key, splats), config.rates)
     fit = _Fit(clip, config, field, static_time, callback)
     for number, (name, stage) in enumerate(fit.stages.items()):
         if name == "coarse":
@@ -250,7 +250,7 @@ def _with_window_splats(
         num_windows=config.num_windows,
         key=key,
     )
-    return create_state(splats, field, params, config.rates)
+    return create_state(splats, params, config.rates)
 
 
 class _Fit:
@@ -285,9 +285,7 @@ class _Fit:
         order, opened = view_order(
             view_key, stage, self.clip.num_frames, self.clip.static is not None
         )
-        state = create_state(
-            state.splats, self.field, state.params["deformation"], self.config.rates
-        )
+        state = create_state(state.splats, state.params["deformation"], self.config.rates)
         decay = stage.end_rate / stage.start_rate
         splats = int(state.active.sum())
         for i in range(stage.steps):

@@ -11,7 +11,9 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from absl import flags
 from ml_collections import config_flags
@@ -306,6 +308,34 @@ def test_wrong_rates_are_named():
     config["optimizer"] |= {"decay": "cosine", "warmup_steps": -1}
     with pytest.raises(ValueError, match="warmup_steps must be 0 or more, not -1"):
         build.build_rate(config)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizers_lower_a_convex_loss(name):
+    config = tiny.get_config("smoke").to_dict()
+    config["optimizer"] |= {"name": name, "learning_rate": 0.1}
+    optimizer = build.build_optimizer(config)
+    params = {"conv": {"kernel": jnp.ones((3, 1, 2, 4)), "bias": jnp.ones(4)}}
+
+    def loss_fn(params):
+        return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss_fn)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, before = optimizer.init(params), loss_fn(params)
+    for _ in range(30):
+        params, state = step(params, state)
+    assert float(loss_fn(params)) < 0.6 * float(before)
+
+
+def test_unknown_optimizer_is_named():
+    config = tiny.get_config().to_dict()
+    config["optimizer"]["name"] = "adamm"
+    with pytest.raises(ValueError, match="'adamw' or 'muon', not 'adamm'"):
+        build.build_optimizer(config)
 
 
 def test_tiny_configuration_refuses_other_arguments():

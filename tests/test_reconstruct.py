@@ -138,7 +138,7 @@ def make_state(clip, pairs):
         None, CONFIG.weights, CONFIG.rates, background=clip.background, pairs=pairs
     )
     params = jax.jit(field.init)(jax.random.key(1), splats)
-    return create_state(splats, field, params, CONFIG.rates), views, settings
+    return create_state(splats, params, CONFIG.rates), views, settings
 
 
 def test_a_step_that_overflows_changes_nothing_and_says_so(clip):

@@ -72,7 +72,6 @@ def _default() -> ml_collections.ConfigDict:
         dssim=0.2,
         alpha=0.3,
         depth=0.0,
-        rigidity=0.0,
         plane_tv=1e-4,
         time_smoothness=1e-2,
         time_l1=1e-4,

@@ -112,7 +112,7 @@ class HexPlane:
 
     def apply(self, params: PyTree, splats: Splats, t: Timestamp) -> Splats:
         """Adds the heads' outputs to the raw (pre-activation) parameters of the splats."""
-        positions = splats.means
+        positions = jnp.asarray(splats.means)
         if self.detach_coordinates:
             positions = jax.lax.stop_gradient(positions)
         hidden = self.features(params, positions, t)
