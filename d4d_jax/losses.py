@@ -35,9 +35,9 @@ def motion_reconstruction_loss(
     both measured against the latents `static` of the frozen object from the same cameras.
 
     Args:
-      snr_power: exponent of the weight min(snr, 1); 0 is Eq. 2 as printed. Under eps-prediction
-        the square of the implied clip's error grows as 1 / snr, and the loss as its square, so
-        that unweighted high-noise samples drown the others; 2 evens that out.
+        snr_power: exponent of the weight min(snr, 1); 0 is Eq. 2 as printed. Under eps-prediction
+            the square of the implied clip's error grows as 1 / snr, and the loss as its square, so
+            that unweighted high-noise samples drown the others; 2 evens that out.
     """
     x_t = schedule.add_noise(x0, noise, timestep)
     implied = schedule.to_x0(prediction, x_t, timestep)
@@ -61,13 +61,13 @@ def diffusion_losses(
     """L = L_ldm + omega L_mr, means over the batch.
 
     Args:
-      prediction: the network's answer at `schedule.add_noise(x0, noise, timestep)`.
-      static: latents of the static orbit; without them L_mr is left out.
-      omega: weight of L_mr.
-      snr_power: see `motion_reconstruction_loss`.
+        prediction: the network's answer at `schedule.add_noise(x0, noise, timestep)`.
+        static: latents of the static orbit; without them L_mr is left out.
+        omega: weight of L_mr.
+        snr_power: see `motion_reconstruction_loss`.
 
     Returns:
-      "loss", and its parts "denoising" and (unweighted by omega) "motion".
+        "loss", and its parts "denoising" and (unweighted by omega) "motion".
     """
     denoising = denoising_loss(schedule, prediction, x0, noise, timestep).mean()
     if static is None:

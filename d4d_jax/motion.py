@@ -27,18 +27,18 @@ def motion_magnitude(
     """Mean over frames of the squared distance between dynamic and static frames (Eq. 1).
 
     Args:
-      dynamic: frames of the moving object in [-1, 1], any leading batch axes.
-      static: frames of the object frozen at timestamp 0, same cameras, same range.
-      scale: factor on the result. The default 100 makes the network's condition a handy number.
-      reduction: "mean" averages the squared difference over pixels and channels, "sum" adds it
-        up (the literal norm of Eq. 1). Frames are always averaged.
+        dynamic: frames of the moving object in [-1, 1], any leading batch axes.
+        static: frames of the object frozen at timestamp 0, same cameras, same range.
+        scale: factor on the result. The default 100 makes the network's condition a handy number.
+        reduction: "mean" averages the squared difference over pixels and channels, "sum" adds it
+            up (the literal norm of Eq. 1). Frames are always averaged.
 
     Returns:
-      One non-negative number per clip, 0 for a clip without motion: a JAX array, or, when both
-      clips are numpy arrays, a numpy array that was computed without JAX.
+        One non-negative number per clip, 0 for a clip without motion: a JAX array, or, when both
+        clips are numpy arrays, a numpy array that was computed without JAX.
 
     Raises:
-      ValueError: the two clips differ in shape, or the reduction is unknown.
+        ValueError: the two clips differ in shape, or the reduction is unknown.
     """
     xp = jnp if any(isinstance(frames, jax.Array) for frames in (dynamic, static)) else np
     dynamic, static = xp.asarray(dynamic), xp.asarray(static)

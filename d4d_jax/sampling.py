@@ -61,7 +61,7 @@ class DDIM:
     """Song et al. 2021.
 
     Attributes:
-      eta: share of fresh noise: 0 is deterministic, 1 has the variance of ancestral sampling.
+        eta: share of fresh noise: 0 is deterministic, 1 has the variance of ancestral sampling.
     """
 
     eta: float | int = 0.0
@@ -107,18 +107,18 @@ def sample(
     """Runs a stepper from noise through `timesteps` and on to the final noise level.
 
     Args:
-      denoise: the (guided) network; it predicts what `schedule.prediction` says.
-      schedule: the noise schedule it was trained with.
-      stepper: the method.
-      noise: standard normal.
-      conditioning: handed to `denoise` as it is.
-      timesteps: decreasing indices of the schedule; the network is called once for each.
-      final: where the last move ends: "first" is alphas_cumprod[0], as VideoMV and Stable
-        Diffusion do (a trace of noise stays); "one" is the clean sample.
-      key: for stochastic steppers.
+        denoise: the (guided) network; it predicts what `schedule.prediction` says.
+        schedule: the noise schedule it was trained with.
+        stepper: the method.
+        noise: standard normal.
+        conditioning: handed to `denoise` as it is.
+        timesteps: decreasing indices of the schedule; the network is called once for each.
+        final: where the last move ends: "first" is alphas_cumprod[0], as VideoMV and Stable
+            Diffusion do (a trace of noise stays); "one" is the clean sample.
+        key: for stochastic steppers.
 
     Raises:
-      ValueError: bad timesteps, an unknown `final`, or a key that is missing.
+        ValueError: bad timesteps, an unknown `final`, or a key that is missing.
     """
     steps = np.asarray(timesteps)
     if steps.size == 0 or np.any(np.diff(steps) >= 0) or not 0 <= steps[-1] <= steps[0]:
@@ -166,11 +166,11 @@ def ddim(
     """DDIM sampling; the defaults are VideoMV's (981, 961, ... 1 for 50 steps of 1000).
 
     Args:
-      num_steps: calls of the network.
-      eta: see `DDIM`; above 0 it needs a `key`.
-      spacing: name in the family "timesteps": "leading", or "trailing" to start from the last
-        timestep, which suits a schedule with zero terminal SNR.
-      final: "first" or "one", see `sample`.
+        num_steps: calls of the network.
+        eta: see `DDIM`; above 0 it needs a `key`.
+        spacing: name in the family "timesteps": "leading", or "trailing" to start from the last
+            timestep, which suits a schedule with zero terminal SNR.
+        final: "first" or "one", see `sample`.
     """
     spec = {"name": spacing, "train_steps": schedule.num_steps, "num_steps": num_steps}
     timesteps = build("timesteps", spec)

@@ -34,10 +34,10 @@ class NoiseSchedule:
     leaves, `prediction` is static.
 
     Attributes:
-      alphas_cumprod: abar_t, the share of signal variance, decreasing from about 1.
-      signal: sqrt(abar_t).
-      sigma: sqrt(1 - abar_t), rounded once from float64 (1 - abar loses digits in float32).
-      prediction: "eps", "x0" or "v".
+        alphas_cumprod: abar_t, the share of signal variance, decreasing from about 1.
+        signal: sqrt(abar_t).
+        sigma: sqrt(1 - abar_t), rounded once from float64 (1 - abar loses digits in float32).
+        prediction: "eps", "x0" or "v".
     """
 
     alphas_cumprod: Float[AnyArray, "num_steps"]
@@ -52,8 +52,8 @@ class NoiseSchedule:
         """Schedule from a table of abar_t, index 0 next to the data.
 
         Raises:
-          ValueError: the table is not a decreasing sequence in [0, 1], or the prediction is
-            unknown.
+            ValueError: the table is not a decreasing sequence in [0, 1], or the prediction is
+                unknown.
         """
         table = np.asarray(alphas_cumprod, np.float64)
         if table.ndim != 1 or table.min() < 0.0 or table.max() > 1.0 or np.any(np.diff(table) > 0):

@@ -27,10 +27,10 @@ def save_bundle(
     """Writes a bundle; a file that was there is replaced only when the new one is complete.
 
     Args:
-      path: file to write; its folder is created.
-      params: nested dicts (string keys without `/`) of the network's arrays.
-      codec_params: the same for the latent codec; may be empty.
-      config: what rebuilds network, codec and schedule; values as in JSON.
+        path: file to write; its folder is created.
+        params: nested dicts (string keys without `/`) of the network's arrays.
+        codec_params: the same for the latent codec; may be empty.
+        config: what rebuilds network, codec and schedule; values as in JSON.
 
     Raises ValueError for a tree that is not nested dicts of arrays, or a value that float16
     cannot hold.

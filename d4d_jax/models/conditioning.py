@@ -17,15 +17,15 @@ class Conditioning:
     """The prompt, the cameras and the motion of a batch of clips; any of them may be absent.
 
     Attributes:
-      image: latent of the reference frame.
-      context: text tokens.
-      camera: camera-to-world matrices with OpenGL / Blender axes
-        (`Camera.opengl_camera_to_world`), which the network reads row by row.
-      motion: motion magnitude of every clip (Eq. 1, the x100 scale).
-      null_context: tokens that replace the text of samples whose prompt is dropped, for example
-        the embedding of a negative prompt; zeros when absent.
-      drop_prompt: True where image and text are dropped (image -> zeros, text -> `null_context`).
-      drop_motion: True where the motion magnitude is replaced by the null embedding.
+        image: latent of the reference frame.
+        context: text tokens.
+        camera: camera-to-world matrices with OpenGL / Blender axes
+            (`Camera.opengl_camera_to_world`), which the network reads row by row.
+        motion: motion magnitude of every clip (Eq. 1, the x100 scale).
+        null_context: tokens that replace the text of samples whose prompt is dropped, for example
+            the embedding of a negative prompt; zeros when absent.
+        drop_prompt: True where image and text are dropped (image -> zeros, text -> `null_context`).
+        drop_motion: True where the motion magnitude is replaced by the null embedding.
     """
 
     image: Float[AnyArray, "b h w c"] | None = None
@@ -62,7 +62,7 @@ class Conditioning:
         the others: nothing is dropped there, and the motion is, respectively.
 
         Raises:
-          ValueError: another condition is given in some parts and absent in others.
+            ValueError: another condition is given in some parts and absent in others.
         """
         if any(part.motion is not None for part in parts):
             parts = [

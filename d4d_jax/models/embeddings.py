@@ -39,8 +39,8 @@ class MotionEmbedding(nn.Module):
     """Embeds the motion magnitude of a clip (Eq. 1, the x100 scale), 0 before training.
 
     Attributes:
-      null: what stands for a dropped magnitude: a "learnt" vector (0 at the start) or "zero".
-      input_scale: factor on the magnitude, so that typical values (0 to 20) are of order one.
+        null: what stands for a dropped magnitude: a "learnt" vector (0 at the start) or "zero".
+        input_scale: factor on the magnitude, so that typical values (0 to 20) are of order one.
     """
 
     width: int

@@ -29,9 +29,9 @@ class GroupNorm(nn.Module):
     """Group normalisation with statistics per frame, or over all frames of a clip.
 
     Attributes:
-      epsilon: added to the variance.
-      over_frames: whether the statistics of a clip are shared by its frames.
-      groups: number of channel groups, at most; a layer with fewer channels uses one per channel.
+        epsilon: added to the variance.
+        over_frames: whether the statistics of a clip are shared by its frames.
+        groups: number of channel groups, at most; a layer with fewer channels uses one per channel.
     """
 
     epsilon: float = 1e-5
@@ -90,8 +90,8 @@ class ResidualBlock(nn.Module):
     """Two normalised 3x3 convolutions with the time embedding added in between; zero at the start.
 
     Attributes:
-      channels: output channels; a 1x1 convolution carries the input over when they change.
-      dropout: rate before the last convolution.
+        channels: output channels; a 1x1 convolution carries the input over when they change.
+        dropout: rate before the last convolution.
     """
 
     channels: int
@@ -124,7 +124,7 @@ class Attention(nn.Module):
     """Multi-head attention; output width equals input width.
 
     Attributes:
-      over: "space", "time" or "context" (see `_EINSUMS`).
+        over: "space", "time" or "context" (see `_EINSUMS`).
     """
 
     heads: int
@@ -174,8 +174,8 @@ class TransformerBlock(nn.Module):
     """Attention, second attention, feed-forward; each pre-normalised and added to its input.
 
     Attributes:
-      first: what the first attention looks at.
-      second: what the second looks at, or None to leave it out.
+        first: what the first attention looks at.
+        second: what the second looks at, or None to leave it out.
     """
 
     heads: int

@@ -21,7 +21,7 @@ class TemporalConv(nn.Module):
     """Four normalised convolutions over three frames, added to the input; zero at the start.
 
     Attributes:
-      dropout: rate in the last three stages.
+        dropout: rate in the last three stages.
     """
 
     dropout: float = 0.0

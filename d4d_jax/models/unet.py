@@ -40,29 +40,30 @@ class SpatioTemporalUNet(nn.Module):
     bound, for example by `functools.partial(model.apply, {"params": params})`.
 
     Attributes:
-      in_channels: channels of the noisy latents.
-      out_channels: channels of the prediction.
-      width: channels of the first level; the time embedding is four times as wide.
-      multipliers: channels of each level in units of `width`; each level halves the resolution.
-      blocks: residual blocks of a level on the way down; there is one more on the way up.
-      attention_levels: levels with transformers (the middle always has them).
-      head_dim: width of an attention head; a level has channels / head_dim heads.
-      init_heads: heads of the temporal mixer right after the first convolution; 0 leaves it out.
-      init_head_dim: width of each of those heads.
-      context_dim: width of the context tokens; 0 leaves the cross-attention out.
-      groups: channel groups of every normalisation.
-      temporal_mixer: name in the family "temporal_mixer", or "package.module:Class".
-      temporal_conv: whether a temporal convolution follows each residual block.
-      image_concat: how the latent of the reference frame joins the noisy latents on channels.
-        "first": as frame 0, followed by frames of the constant k / (t - 1), as I2VGen-XL;
-        "all": repeated over the frames, with k / (t - 1) in one more channel; "none": not at all.
-      image_tokens: whether that latent also makes context tokens.
-      camera_embedding: whether to embed the camera of every frame.
-      motion_embedding: whether to embed the motion magnitude of the clip.
-      motion_null: embedding of a dropped motion magnitude, "learnt" or "zero".
-      fps: frames per second to embed, as I2VGen-XL does; None leaves it out.
-      dropout: rate in the residual blocks and the temporal convolutions.
-      dtype: what the network computes in; parameters are float32.
+        in_channels: channels of the noisy latents.
+        out_channels: channels of the prediction.
+        width: channels of the first level; the time embedding is four times as wide.
+        multipliers: channels of each level in units of `width`; each level halves the resolution.
+        blocks: residual blocks of a level on the way down; there is one more on the way up.
+        attention_levels: levels with transformers (the middle always has them).
+        head_dim: width of an attention head; a level has channels / head_dim heads.
+        init_heads: heads of the temporal mixer right after the first convolution; 0 leaves it out.
+        init_head_dim: width of each of those heads.
+        context_dim: width of the context tokens; 0 leaves the cross-attention out.
+        groups: channel groups of every normalisation.
+        temporal_mixer: name in the family "temporal_mixer", or "package.module:Class".
+        temporal_conv: whether a temporal convolution follows each residual block.
+        image_concat: how the latent of the reference frame joins the noisy latents on channels.
+            "first": as frame 0, followed by frames of the constant k / (t - 1), as I2VGen-XL;
+            "all": repeated over the frames, with k / (t - 1) in one more channel; "none": not at
+            all.
+        image_tokens: whether that latent also makes context tokens.
+        camera_embedding: whether to embed the camera of every frame.
+        motion_embedding: whether to embed the motion magnitude of the clip.
+        motion_null: embedding of a dropped motion magnitude, "learnt" or "zero".
+        fps: frames per second to embed, as I2VGen-XL does; None leaves it out.
+        dropout: rate in the residual blocks and the temporal convolutions.
+        dtype: what the network computes in; parameters are float32.
     """
 
     in_channels: int = 4
@@ -99,14 +100,14 @@ class SpatioTemporalUNet(nn.Module):
         """Prediction for noisy latents.
 
         Args:
-          x_t: noisy latents.
-          timestep: integers, 0 next to the data.
-          conditioning: prompt, cameras and motion of each clip.
-          train: whether dropout is on (needs the "dropout" random stream).
+            x_t: noisy latents.
+            timestep: integers, 0 next to the data.
+            conditioning: prompt, cameras and motion of each clip.
+            train: whether dropout is on (needs the "dropout" random stream).
 
         Raises:
-          ValueError: sizes that do not fit each other or the network, or a condition that the
-            network needs and did not get.
+            ValueError: sizes that do not fit each other or the network, or a condition that the
+                network needs and did not get.
         """
         self._check(x_t, conditioning)
         x_t, timestep = jnp.asarray(x_t), jnp.asarray(timestep)
@@ -247,9 +248,9 @@ class Level(nn.Module):
     spatial transformer and a temporal mixer, in this order.
 
     Attributes:
-      channels: channels of every block.
-      attention: one flag for every block.
-      resample: "down", "up" or None.
+        channels: channels of every block.
+        attention: one flag for every block.
+        resample: "down", "up" or None.
     """
 
     channels: int

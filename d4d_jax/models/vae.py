@@ -24,9 +24,9 @@ class PatchPCA:
     basis columns orthonormal, and "scale" (dim,), what a latent of 1 stands for.
 
     Attributes:
-      factor: side of a patch in pixels.
-      dim: latent channels.
-      whitening: how far `fit` evens out the channels' variances (see `fit_patch_pca`).
+        factor: side of a patch in pixels.
+        dim: latent channels.
+        whitening: how far `fit` evens out the channels' variances (see `fit_patch_pca`).
     """
 
     factor: int = 4
@@ -43,8 +43,8 @@ class PatchPCA:
         """Latents of images in [-1, 1].
 
         Raises:
-          ValueError: height or width is no multiple of `factor`, or the codec was fitted to another
-            number of channels.
+            ValueError: height or width is no multiple of `factor`, or the codec was fitted to
+                another number of channels.
         """
         patches = _to_patches(jnp.asarray(images, jnp.float32), self.factor)
         if patches.shape[-1] != params["mean"].shape[0]:
@@ -91,15 +91,15 @@ def fit_patch_pca(
     """Parameters of `PatchPCA(factor)` with `dim` latent channels, fitted to images in [-1, 1].
 
     Args:
-      images: any number of images, at least `dim` patches in all.
-      factor: side of a patch in pixels.
-      dim: latent channels, at most factor * factor * c.
-      whitening: 1 gives every latent channel unit variance; 0 keeps the channels' relative
-        variances (the strongest component dominates) and makes their mean 1; between the two, the
-        standard deviation of component i goes as its own to the power 1 - whitening.
+        images: any number of images, at least `dim` patches in all.
+        factor: side of a patch in pixels.
+        dim: latent channels, at most factor * factor * c.
+        whitening: 1 gives every latent channel unit variance; 0 keeps the channels' relative
+            variances (the strongest component dominates) and makes their mean 1; between the two,
+            the standard deviation of component i goes as its own to the power 1 - whitening.
 
     Raises:
-      ValueError: sizes that do not fit.
+        ValueError: sizes that do not fit.
     """
     patches = _to_patches(np.asarray(images, np.float64), factor)
     patches = patches.reshape(-1, patches.shape[-1])

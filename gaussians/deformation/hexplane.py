@@ -209,7 +209,7 @@ def _product_backward(factors: tuple[Array, ...], cotangent: Array) -> tuple[tup
     """The product of all other factors, for each, by running products from both ends.
 
     Left alone, XLA:CPU fuses these products into the scatters that follow and computes them once
-    per corner of a cell; the barrier keeps them apart and halves the time of the whole field.
+    per corner of a cell; the barrier keeps them apart.
     """
     before = list(itertools.accumulate(factors[:-1], jnp.multiply, initial=cotangent))
     after = list(itertools.accumulate(factors[:0:-1], jnp.multiply))[::-1]
