@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from d4d_jax import cameras, clips, registry, sampling
 from d4d_jax.clips import OrbitClip
-from d4d_jax.guidance import ClassifierFree, ThreeDAware
+from d4d_jax.guidance import ThreeDAware
 from d4d_jax.models import bundle, unet, vae
 from d4d_jax.models.conditioning import Conditioning
 from d4d_jax.sampling import DDIM, Stepper
@@ -62,8 +62,8 @@ class OrbitPipeline:
     schedule: NoiseSchedule
     num_frames: int = 24
     size: int = 64
-    guidance: Guidance = dataclasses.field(default=ThreeDAware(w1=1.0, w2=0.5))
-    static_guidance: Guidance = dataclasses.field(default=ClassifierFree(scale=2.0))
+    guidance: Guidance = dataclasses.field(default=ThreeDAware(w1=0.0, w2=0.5))
+    static_guidance: Guidance = dataclasses.field(default=ThreeDAware(w1=0.0, w2=0.0))
     stepper: Stepper = dataclasses.field(default=DDIM())
     spacing: str = "leading"
 

@@ -14,7 +14,7 @@ from absl import flags, logging
 
 import d4d_jax
 from d4d_jax import clips, media
-from d4d_jax.guidance import ClassifierFree, ThreeDAware
+from d4d_jax.guidance import ThreeDAware
 from d4d_jax.pipeline import EMBEDDED, OrbitPipeline
 from d4d_jax.train.checkpoint import Checkpointer
 from experiments import cli
@@ -29,7 +29,7 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _IMAGE = flags.DEFINE_string("image", str(_PROMPT), "The prompt: an image with alpha or on white.")
 _MOTION = flags.DEFINE_float("motion", 8.0, "Motion magnitude m; 0 stands still.", lower_bound=0)
-_W1 = flags.DEFINE_float("guidance_w1", 1.0, "Weight of classifier-free guidance (Eq. 3).")
+_W1 = flags.DEFINE_float("guidance_w1", 0.0, "Weight of classifier-free guidance (Eq. 3).")
 _W2 = flags.DEFINE_float("guidance_w2", 0.5, "Weight of the step away from the static object.")
 _STEPS = flags.DEFINE_integer("steps", 50, "DDIM steps.", lower_bound=1)
 flags.adopt_module_key_flags(cli)
@@ -61,7 +61,7 @@ def sample(image: clips.AnyArray, pipeline: OrbitPipeline) -> clips.OrbitClip:
     pipeline = dataclasses.replace(
         pipeline,
         guidance=ThreeDAware(_W1.value, _W2.value),
-        static_guidance=ClassifierFree(1 + _W1.value),
+        static_guidance=ThreeDAware(_W1.value, 0.0),
     )
     clip = pipeline(image, motion=_MOTION.value, num_steps=_STEPS.value, seed=SEED.value)
     logging.info("Sampled in %.0f s.", time.perf_counter() - start)
