@@ -63,7 +63,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     )
     config.optimizer = ml_collections.ConfigDict(
         dict(
-            name="muon",  # or "adamw", about four times as many steps for the same loss
+            name="muon",  # or "adamw", about three times as many steps for the same loss
             learning_rate=3e-3,
             warmup_steps=100,
             decay="cosine",  # to 0 at num_steps; or "constant"
