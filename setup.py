@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 TEST = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "scikit-image>=0.24",
     "plyfile>=1.0",
     "gsply>=0.2",

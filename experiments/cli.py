@@ -163,7 +163,8 @@ def _unknown_key(message: str) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}."
-    return " ".join(str(error).strip().strip("\"'").split())
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())
 
 
 def _stop(sentence: str, code: int) -> NoReturn:
