@@ -246,7 +246,13 @@ def test_no_clips_at_all_are_told():
 def test_a_source_decodes_for_all_its_users_once(folder, monkeypatch):
     reads = []
     read = clips.read_clip
-    monkeypatch.setattr(clips, "read_clip", lambda *a, **k: reads.append(a) or read(*a, **k))
+
+    def count(path, **options):
+        if path.parent == folder:  # grain may still be reading ahead for an earlier test
+            reads.append(path)
+        return read(path, **options)
+
+    monkeypatch.setattr(clips, "read_clip", count)
     source = pipeline.ClipSource(folder, size=8)
     assert source.num_frames == 4
     decoded = [source[i] for i in range(3)]
