@@ -4,7 +4,7 @@ The slots never grow or move in memory, so the optimization keeps its shapes and
 compilation: a strategy says from which slot each slot descends (`Rows`), and everything that is
 kept per splat follows.
 
-    statistics = statistics.add(offset_gradient, render.radii > 0, width, height)  # every step
+    statistics = statistics.add(probe_gradient, render.radii > 0)  # every step
     if strategy.refines_at(step):
         refined = strategy.refine(key, splats, statistics.mean, step)
         splats, rows = refined.splats, refined.rows
@@ -118,21 +118,14 @@ class GradientStatistics:
         self,
         mean2d_gradient: Float[Array, "*views n 2"],
         visible: Bool[Array, "*views n"],
-        width: int,
-        height: int,
     ) -> "GradientStatistics":
         """Adds one view, or several.
 
         Args:
-            mean2d_gradient: d loss / d screen position, per pixel: the gradient of the
-                `mean2d_offset` of `gaussians.rasterize.rasterize`. It is multiplied by half the
-                image size, as in 3DGS, so that thresholds do not depend on the resolution.
+            mean2d_gradient: the gradient of one of the fields of `gaussians.rasterize.Probe`.
             visible: which splats touch the view (`Render.radii > 0`).
-            width: of the image, pixels.
-            height: of the image, pixels.
         """
-        half_size = jnp.array([width / 2, height / 2])
-        norms = jnp.where(visible, jnp.linalg.norm(mean2d_gradient * half_size, axis=-1), 0.0)
+        norms = jnp.where(visible, jnp.linalg.norm(mean2d_gradient, axis=-1), 0.0)
         views = tuple(range(norms.ndim - 1))
         visits = jnp.sum(visible, axis=views, dtype=jnp.int32)
         return GradientStatistics(self.total + norms.sum(axis=views), self.visits + visits)

@@ -21,7 +21,7 @@ from gaussians import losses
 from gaussians.deformation import Deformation
 from gaussians.densify import AdaptiveDensity, GradientStatistics, move_moments
 from gaussians.projection import BLUR
-from gaussians.rasterize import rasterize
+from gaussians.rasterize import Probe, rasterize
 from gaussians.types import Splats
 
 
@@ -154,17 +154,13 @@ def create_state(splats: Splats, field_params: PyTree, rates: LearningRates) -> 
 
 def view_loss(
     params: PyTree,
-    offset: Float[Array, "n 2"],
+    probe: Probe,
     active: Bool[Array, "n"],
     views: Views,
     index: int | Int[Array, ""],
     settings: StepSettings,
 ) -> tuple[Float[Array, ""], StepReport]:
-    """The weighted loss of one view, and what to report about it.
-
-    `offset` is zero; it moves the splats on the screen, and its gradient is what densification
-    looks at.
-    """
+    """The weighted loss of one view, and what to report about it."""
     splats = Splats(**params["splats"], active=active)
     field, weights = settings.deformation, settings.weights
     if field is not None:
@@ -176,7 +172,7 @@ def view_loss(
         implementation=settings.implementation,
         capacity=settings.pairs,
         blur=settings.blur,
-        mean2d_offset=offset,
+        probe=probe,
     )
     target = views.rgb[index]
     terms = {"l1": losses.l1(render.rgb, target)}
@@ -208,14 +204,13 @@ def step(
     returned state equals the given one and the report says so: the caller repeats the step with
     more capacity, or stops.
     """
-    offset = jnp.zeros((state.active.shape[0], 2))
-    (_, report), (grads, shifts) = jax.value_and_grad(view_loss, argnums=(0, 1), has_aux=True)(
-        state.params, offset, state.active, views, index, settings
+    probe = Probe.zeros(state.active.shape[0])
+    (_, report), (grads, pulls) = jax.value_and_grad(view_loss, argnums=(0, 1), has_aux=True)(
+        state.params, probe, state.active, views, index, settings
     )
     updates, moments = optimizer(settings.rates).update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
-    camera = views.camera
-    statistics = state.statistics.add(shifts, report.radii > 0, camera.width, camera.height)
+    statistics = state.statistics.add(pulls.mean2d, report.radii > 0)
     proposed = dataclasses.replace(
         state,
         params=params,

@@ -9,6 +9,7 @@ finite, degenerate) are replaced by a harmless one *before* the arithmetic, so t
 NaN values nor NaN gradients, and are marked in `visible`.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ _FOV_MARGIN = 0.3  # in units of tan(fov / 2): the Jacobian is taken at most thi
 _MAX_LOG_SCALE = 10.0  # beyond it a covariance squared leaves the range of float32
 _MAX_DISTANCE = 1e9
 _MIN_NORM_SQUARED = 1e-20
+_MIN_COMPENSATION = 0.005  # keeps the square root differentiable; gsplat's floor
 
 
 class Projection(NamedTuple):
@@ -31,6 +33,8 @@ class Projection(NamedTuple):
 
     means2d: Centres in pixels. conics: Inverse covariance (xx, xy, yy) in 1/px^2.
     variances: Diagonal (xx, yy) of the blurred covariance, px^2. depths: Camera z.
+    compensations: sqrt(|cov2d| / |blurred cov2d|) in [0.005, 1], the share of opacity that a splat
+        keeps when the blur must not add light (Yu et al. 2024, Mip-Splatting, Eq. 9).
     visible: Whether the numbers mean anything; invisible splats hold finite stand-ins.
     """
 
@@ -38,6 +42,7 @@ class Projection(NamedTuple):
     conics: Float[Array, "n 3"]
     variances: Float[Array, "n 2"]
     depths: Float[Array, "n"]
+    compensations: Float[Array, "n"]
     visible: Bool[Array, "n"]
 
 
@@ -65,7 +70,8 @@ def project(
     camera: Camera,
     *,
     blur: float | Float[AnyArray, ""] = BLUR,
-    near: float = NEAR,
+    near: float | Float[AnyArray, ""] = NEAR,
+    far: float | Float[AnyArray, ""] = math.inf,
 ) -> Projection:
     """Projects splats into one camera.
 
@@ -75,6 +81,7 @@ def project(
         blur: Added to both variances, px^2. It stands for the pixel's own extent at full
             resolution: to see in a w-pixel image what a W-pixel image shows, scale it by (w/W)^2.
         near: Splats with z at or below this are invisible.
+        far: Splats with z at or above this are invisible.
     """
     means, log_scales, quaternions = map(jnp.asarray, (means, log_scales, quaternions))
     rotation, translation = camera.world_to_camera[:3, :3], camera.world_to_camera[:3, 3]
@@ -85,6 +92,7 @@ def project(
     points = means @ rotation.T + translation
     visible = (
         (points[:, 2] > near)
+        & (points[:, 2] < far)
         & jnp.all(jnp.abs(points) < _MAX_DISTANCE, axis=-1)
         & jnp.all(log_scales < _MAX_LOG_SCALE, axis=-1)
         & jnp.all(jnp.isfinite(quaternions), axis=-1)
@@ -112,14 +120,17 @@ def project(
     xy = jnp.sum(factors[:, 0] * factors[:, 1], axis=-1)
     # xx yy - xy^2 loses every digit for long needles; Lagrange's identity subtracts nothing large.
     cross = jnp.cross(factors[:, 0], factors[:, 1])
-    determinant = jnp.sum(cross**2, axis=-1) + blur * (xx + yy - blur)
+    unblurred = jnp.sum(cross**2, axis=-1)
+    determinant = unblurred + blur * (xx + yy - blur)
     invertible = determinant > 0.0
     determinant = jnp.where(invertible, determinant, 1.0)
+    kept = jnp.maximum(unblurred / determinant, _MIN_COMPENSATION**2)
     conics = jnp.stack([yy, -xy, xx], axis=-1) / determinant[:, None]
     return Projection(
         means2d=means2d,
         conics=jnp.where(invertible[:, None], conics, 1.0),
         variances=jnp.stack([xx, yy], axis=-1),
         depths=depths[:, 0],
+        compensations=jnp.sqrt(kept),
         visible=visible & invertible,
     )

@@ -10,7 +10,7 @@ from d4d_jax import registry
 from d4d_jax.cameras import orbit
 from gaussians.densify import AdaptiveDensity, GradientStatistics, Rows, move_moments
 from gaussians.initialize import random_cube
-from gaussians.rasterize import rasterize
+from gaussians.rasterize import Probe, rasterize
 from gaussians.types import Splats
 
 STRATEGY = AdaptiveDensity(extent=1.0)  # clones up to a standard deviation of 0.01
@@ -205,10 +205,10 @@ def test_statistics_average_over_the_views_that_saw_a_splat():
     statistics = GradientStatistics.create(3)
     gradient = jnp.array([[[3.0, 0.0], [0.0, 1.0], [9.0, 9.0]], [[0.0, 2.0], [5.0, 0.0], [0, 0]]])
     visible = jnp.array([[True, True, False], [True, False, False]])
-    statistics = statistics.add(gradient, visible, width=8, height=4)
-    np.testing.assert_allclose(statistics.mean, [(3 * 4 + 2 * 2) / 2, 1 * 2, 0])
-    statistics = statistics.add(gradient[0], visible[0], width=8, height=4)
-    np.testing.assert_allclose(statistics.mean, [(3 * 4 + 2 * 2 + 3 * 4) / 3, 2, 0], rtol=1e-6)
+    statistics = statistics.add(gradient, visible)
+    np.testing.assert_allclose(statistics.mean, [(3 + 2) / 2, 1, 0])
+    statistics = statistics.add(gradient[0], visible[0])
+    np.testing.assert_allclose(statistics.mean, [(3 + 2 + 3) / 3, 1, 0], rtol=1e-6)
     np.testing.assert_array_equal(statistics.visits, [3, 2, 0])
 
 
@@ -247,17 +247,15 @@ def render():
     """From splats: the gradient of an image loss by screen position, the image, visibility."""
     camera = orbit(2, width=16, height=16)[0]
 
-    def loss(offset, splats):
-        picture = rasterize(
-            splats, camera, jnp.ones(3), implementation="reference", mean2d_offset=offset
-        )
+    def loss(probe, splats):
+        picture = rasterize(splats, camera, jnp.ones(3), implementation="reference", probe=probe)
         return jnp.mean((picture.rgb - 0.2) ** 2), (picture.rgb, picture.radii > 0)
 
     compiled = jax.jit(jax.grad(loss, has_aux=True))
 
     def call(splats):
-        gradient, (rgb, visible) = compiled(jnp.zeros((len(splats), 2)), splats)
-        return gradient, rgb, visible
+        gradient, (rgb, visible) = compiled(Probe.zeros(len(splats)), splats)
+        return gradient.mean2d, rgb, visible
 
     return call
 
@@ -270,10 +268,10 @@ def test_rendering_does_not_depend_on_the_slots(render):
 
 
 def test_refinement_from_a_real_gradient_keeps_the_image_close(render):
-    """The whole chain: gradient of the offset, statistics, refinement, rendering."""
+    """The whole chain: gradient of the probe, statistics, refinement, rendering."""
     splats = random_cube(40, key=KEY, capacity=64, opacity=0.05)
     gradient, image, visible = render(splats)
-    statistics = GradientStatistics.create(64).add(gradient, visible, 16, 16)
+    statistics = GradientStatistics.create(64).add(gradient, visible)
     assert (statistics.mean[:40] > 0).sum() > 20 and not statistics.mean[40:].any()
     strategy = AdaptiveDensity(gradient_threshold=float(jnp.sort(statistics.mean)[-11]))
     refined = strategy.refine(KEY, splats, statistics.mean, 600)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gaussians.rasterize import binning, chosen, rasterize
+from gaussians.rasterize import Probe, binning, chosen, rasterize
 from gaussians.rasterize.screen import ScreenSplats
 from gaussians.types import Camera, Splats
 
@@ -37,7 +37,7 @@ def render(
         implementation=implementation,
         alpha_max=alpha_max,
         capacity=capacity,
-        mean2d_offset=offset,
+        probe=None if offset is None else Probe(offset),
     )
 
 

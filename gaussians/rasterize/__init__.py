@@ -1,13 +1,23 @@
 """Differentiable rendering of Gaussian splats: one signature, several implementations.
 
-    render = rasterize(splats, camera, background)  # .rgb .alpha .depth .overflow .radii
-    renders = jax.vmap(lambda c: rasterize(splats, c, background))(cameras)
+    render = rasterize(splats, cameras, background)  # .rgb .alpha .depth .expected_depth ...
 
-`reference` blends every splat into every pixel and is the oracle of the tests; `tiled` is exact
-too, sorts splats into tiles first, and is what `implementation=None` picks. Both follow the
-conventions of 3D Gaussian Splatting: support where alpha >= 1/255, alpha at most `alpha_max`, a
-pixel stops before its transmittance would fall below 1e-4.
+All follow the conventions of 3D Gaussian Splatting (Kerbl et al. 2023): support where
+alpha >= 1/255, alpha at most `alpha_max`, a pixel stops before its transmittance would fall below
+1e-4. The support is the exact ellipse; the original's tile boxes at three sigma are not imitated.
+
+| implementation | runs on | what it is |
+|---|---|---|
+| `reference` | everywhere, float64 too | every splat against every pixel, JAX's own gradients |
+| `tiled` | everywhere, float64 too | splats sorted into tiles, plain XLA operations |
+| `cpu` | CPU | a C++ kernel, built at installation where there is a compiler |
+| `pallas` | GPU; elsewhere interpreted, slowly | one kernel per tile |
 """
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,154 +33,279 @@ from gaussians.rasterize import reference, tiled
 from gaussians.rasterize.screen import ALPHA_MIN, Composite, CompositeFn, ScreenSplats
 from gaussians.types import Camera, Splats
 
-__all__ = ["Composite", "CompositeFn", "Render", "ScreenSplats", "chosen", "rasterize"]
+__all__ = ["Composite", "CompositeFn", "Probe", "Render", "ScreenSplats", "chosen", "rasterize"]
 
-_IMPLEMENTATIONS: dict[str, CompositeFn] = {
-    "reference": reference.composite,
-    "tiled": tiled.composite,
+
+def _everywhere() -> None:
+    """No reason against it."""
+
+
+class _Implementation(NamedTuple):
+    """composite: does the blending. obstacle: why it cannot run natively here, or None."""
+
+    composite: CompositeFn
+    obstacle: Callable[[], str | None] = _everywhere
+
+
+_IMPLEMENTATIONS: dict[str, _Implementation] = {
+    "reference": _Implementation(reference.composite),
+    "tiled": _Implementation(tiled.composite),
 }
+#: What `implementation=None` tries, in this order.
+_PREFERRED = ("tiled",)
+
+#: Axes of the leaves of `Splats` and of `Camera` that are not leading ones, in their order.
+_SPLAT_RANKS = (2, 2, 2, 1, 3, 1)
+_CAMERA_RANKS = (2, 2)
 
 
 @pytree.dataclass
 class Render:
-    """A rendered view.
+    """A rendered view, or with leading axes *b several.
 
     Attributes:
         rgb: Colour over the background; 0 or above, not clipped at 1.
         alpha: Opacity in [0, 1]: sum_k a_k T_k.
         depth: Accumulated camera z, sum_k a_k T_k z_k, *not* divided by alpha, with a gradient.
-        overflow: Splat-tile pairs that did not fit `capacity`. When above 0 some splats are missing
-            in some tiles: render again with a larger capacity.
+        expected_depth: depth / alpha, the mean z of what a pixel shows; 0 where alpha is 0.
         radii: Largest half extent in pixels of each splat's support; 0 where nothing of it falls
             inside the image. No gradient.
+        overflow: Splat-tile pairs that did not fit `capacity`. When above 0 some splats are missing
+            in some tiles: render again with a larger capacity.
+        invalid: Active splats that hold NaN or Inf; they are not drawn.
     """
 
     rgb: Float[Array, "*b h w 3"]
     alpha: Float[Array, "*b h w"]
     depth: Float[Array, "*b h w"]
-    overflow: Int[Array, "*b"]
+    expected_depth: Float[Array, "*b h w"]
     radii: Float[Array, "*b n"]
+    overflow: Int[Array, "*b"]
+    invalid: Int[Array, "*b"]
 
 
-def chosen(implementation: str | None = None) -> str:
-    """The name of the implementation that `rasterize` runs.
+@pytree.dataclass
+class Probe:
+    """Zeros that change no image, and whose gradients tell densification where splats are missing.
+
+    The gradients come out of the same backward pass as all others, in the unit of the original's
+    thresholds (0.0002): loss per half image width and half image height.
+
+    Attributes:
+        mean2d: Its gradient is that of each splat's projected centre (Kerbl et al. 2023, 5.2).
+        absolute: Its gradient sums the absolute values of the pixels' contributions to the former,
+            component by component, so that pulls in opposite directions do not cancel (Ye et al.
+            2024, AbsGS, Eq. 8). None, the default, saves that sum.
+    """
+
+    mean2d: Float[AnyArray, "*b n 2"]
+    absolute: Float[AnyArray, "*b n 2"] | None = None
+
+    @classmethod
+    def zeros(cls, n: int, *, absolute: bool = False) -> "Probe":
+        """For n splats, with or without the absolute variant."""
+        return cls(jnp.zeros((n, 2)), jnp.zeros((n, 2)) if absolute else None)
+
+
+def chosen(implementation: str | Sequence[str] | None = None) -> str:
+    """The name of the implementation that `rasterize` runs on this platform.
+
+    Args:
+        implementation: A name, taken as it is; names to try in order, of which the first one that
+            runs natively here is taken; or None for the fastest here.
 
     Raises:
-        ValueError: When there is none of that name.
+        ValueError: When a name is unknown, or none of several runs here.
     """
-    if implementation is None:
-        return "tiled"
-    if implementation not in _IMPLEMENTATIONS:
-        names = ", ".join(sorted(_IMPLEMENTATIONS))
-        raise ValueError(f"There is no rasterizer {implementation!r}; choose one of {names}.")
-    return implementation
+    if isinstance(implementation, str):
+        _known(implementation)
+        return implementation
+    obstacles = []
+    for name in _PREFERRED if implementation is None else implementation:
+        obstacle = _known(name).obstacle()
+        if obstacle is None:
+            return name
+        obstacles.append(f"{name}: {obstacle}")
+    raise ValueError(
+        f"None of the rasterizers {tuple(implementation or ())} runs here ({'; '.join(obstacles)});"
+        ' add "tiled", which runs everywhere.'
+    )
 
 
 def rasterize(
     splats: Splats,
-    camera: Camera,
-    background: Float[AnyArray, "3"],
+    cameras: Camera,
+    background: Float[AnyArray, "... 3"],
     *,
-    implementation: str | None = None,
-    capacity: int | None = None,
+    near: float | Float[AnyArray, ""] = NEAR,
+    far: float | Float[AnyArray, ""] = math.inf,
+    sh_degree: int | None = None,
+    antialiased: bool = False,
     alpha_max: float = 0.99,
     blur: float | Float[AnyArray, ""] = BLUR,
-    near: float = NEAR,
-    sh_degree: int | None = None,
-    mean2d_offset: Float[AnyArray, "n 2"] | None = None,
+    implementation: str | Sequence[str] | None = None,
+    tile_size: int | None = None,
+    capacity: int | None = None,
+    probe: Probe | None = None,
 ) -> Render:
-    """Renders splats as one camera sees them.
+    """Renders splats as cameras see them.
 
-    Differentiable with respect to every float argument, camera included (the depth *order* is a
+    Differentiable with respect to every float array, cameras included (the depth *order* is a
     constant). Slots that are inactive, hold a number that is not finite, or lie outside the view
-    change nothing and receive gradient 0. For many cameras use `jax.vmap` over a batched `Camera`.
+    change nothing and receive gradient 0.
+
+    Any of splats, cameras, background and probe may have leading axes; they broadcast against each
+    other as arrays do. Eight cameras of one object: give cameras with leading axis 8. Eight objects
+    seen by three cameras each: splats with leading axes (8, 1), cameras with (8, 3) or (3,).
 
     Args:
-        splats: The Gaussians.
-        camera: One camera, no leading axes.
-        background: Colour behind everything.
-        implementation: "tiled", "reference", or None for the fastest here (see `chosen`).
-        capacity: Most (splat, tile) pairs `tiled` keeps; None picks a size from the number of
-            splats and pixels. Time and memory grow with it; a change compiles anew.
-        alpha_max: Alphas above are cut to this, without gradient there. 0.99 in the original.
-        blur: Variance in px^2 added to each splat's footprint (`gaussians.projection.project`).
-        near: Splats with camera z at or below are not drawn.
+        splats: The Gaussians, arrays (*b, n, ...).
+        cameras: One or more, arrays (*b, ...).
+        background: Colour behind everything, (*b, 3).
+        near: Splats with camera z at or below this are not drawn.
+        far: Splats with camera z at or above this are not drawn.
         sh_degree: Degree of spherical harmonics to evaluate; None takes all coefficients.
-        mean2d_offset: Zeros, added to the projected centres. Its gradient is the one densification
-            looks at, d loss / d centre in loss per *pixel*, out of the same backward pass. The
-            original's threshold of 0.0002 is in normalised device coordinates: multiply x by
-            width / 2 and y by height / 2 first.
+        antialiased: Lowers each opacity by as much as the blur widens the footprint (Mip-Splatting,
+            Yu et al. 2024, Eq. 9), so that splats under a pixel do not gain light.
+        alpha_max: Alphas above are cut to this, without gradient there, in (0, 1). The original has
+            0.99; many later implementations have 0.999.
+        blur: Variance in px^2 added to each splat's footprint (`gaussians.projection.project`).
+        implementation: A name of the table above, names to try in order, or None (see `chosen`).
+        tile_size: Side of the tiles in pixels; None takes what is fastest. `cpu` has 8 only.
+        capacity: Most (splat, tile) pairs that `tiled` and `pallas` keep; None picks a size from
+            the number of splats and pixels. Time and memory grow with it; a change compiles anew.
+            `cpu` grows its list itself and never overflows.
+        probe: Zeros whose gradient is the densification signal.
 
     Raises:
-        ValueError: When the camera or the splats are batched, the implementation has no such name,
-            or the capacity is below 1.
+        ValueError: When the leading axes do not broadcast, the implementation is unknown or cannot
+            run here, or a number is out of its range.
     """
-    _check(splats, camera, capacity)
-    composite = _IMPLEMENTATIONS[chosen(implementation)]
-    screen = _to_screen(splats, camera, blur, near, sh_degree, mean2d_offset)
-    blended = composite(
-        screen,
-        width=camera.width,
-        height=camera.height,
+    name = chosen(implementation)
+    _check(cameras, alpha_max, tile_size, capacity)
+    composite = functools.partial(
+        _IMPLEMENTATIONS[name].composite,
+        width=cameras.width,
+        height=cameras.height,
+        tile_size=tile_size,
         capacity=capacity,
         alpha_max=alpha_max,
     )
-    behind = (1.0 - blended.alpha)[..., None] * jnp.asarray(background, blended.alpha.dtype)
-    return Render(
-        rgb=blended.features[..., :3] + behind,
-        alpha=blended.alpha,
-        depth=blended.features[..., 3],
-        overflow=blended.overflow,
-        radii=_radii(screen, camera.width, camera.height),
-    )
+
+    def one(splats: Splats, camera: Camera, background: Array, probe: Probe | None) -> Render:
+        clean, usable = _without_bad_numbers(splats)
+        projection = project(
+            clean.means,
+            clean.log_scales,
+            clean.quaternions,
+            camera,
+            blur=blur,
+            near=near,
+            far=far,
+        )
+        opacities = jax.nn.sigmoid(clean.opacity_logits)
+        if antialiased:
+            opacities = opacities * projection.compensations
+        screen = ScreenSplats(
+            means2d=projection.means2d,
+            conics=projection.conics,
+            opacities=opacities,
+            features=jnp.concatenate(
+                [_colours(clean, camera, sh_degree), projection.depths[:, None]], axis=-1
+            ),
+            depths=lax.stop_gradient(projection.depths),
+            extents=_extents(opacities, projection.variances),
+            visible=projection.visible & usable & (opacities >= ALPHA_MIN),
+        )
+        if probe is not None:
+            screen = _probed(screen, probe, camera.width, camera.height)
+        blended = composite(screen)
+        alpha, depth = blended.alpha, blended.features[..., 3]
+        covered = alpha > 0.0
+        return Render(
+            rgb=blended.features[..., :3] + (1.0 - alpha)[..., None] * background,
+            alpha=alpha,
+            depth=depth,
+            expected_depth=jnp.where(covered, depth / jnp.where(covered, alpha, 1.0), 0.0),
+            radii=_radii(screen, camera.width, camera.height),
+            overflow=blended.overflow,
+            invalid=jnp.sum(jnp.asarray(splats.active) & ~usable, dtype=jnp.int32),
+        )
+
+    return _over_leading_axes(one, splats, cameras, jnp.asarray(background), probe)
 
 
-def _check(splats: Splats, camera: Camera, capacity: int | None) -> None:
-    if np.ndim(camera.world_to_camera) != 2 or np.ndim(camera.intrinsics) != 2:
-        raise ValueError(
-            f"rasterize takes one camera, but world_to_camera has shape "
-            f"{np.shape(camera.world_to_camera)}; map over the cameras with jax.vmap."
-        )
-    if np.ndim(splats.means) != 2:
-        raise ValueError(
-            f"rasterize takes one set of splats, but means have shape {np.shape(splats.means)}; "
-            "map over the sets with jax.vmap."
-        )
+def _known(name: str) -> _Implementation:
+    if name not in _IMPLEMENTATIONS:
+        names = ", ".join(sorted(_IMPLEMENTATIONS))
+        raise ValueError(f"There is no rasterizer {name!r}; choose one of {names}.")
+    return _IMPLEMENTATIONS[name]
+
+
+def _check(cameras: Camera, alpha_max: float, tile_size: int | None, capacity: int | None) -> None:
+    if not 0.0 < alpha_max < 1.0:
+        raise ValueError(f"alpha_max must lie between 0 and 1; got {alpha_max}.")
+    if tile_size is not None and (tile_size < 2 or tile_size % 2):
+        raise ValueError(f"tile_size must be an even number of pixels; got {tile_size}.")
     if capacity is not None and capacity < 1:
         raise ValueError(f"capacity {capacity} leaves no room for a single pair; use at least 1.")
+    if cameras.width < 0 or cameras.height < 0:
+        raise ValueError(f"An image cannot be {cameras.width} x {cameras.height} pixels large.")
 
 
-def _to_screen(
+def _over_leading_axes(
+    one: Callable[..., Render],
     splats: Splats,
-    camera: Camera,
-    blur: float | Float[AnyArray, ""],
-    near: float,
-    sh_degree: int | None,
-    mean2d_offset: Float[AnyArray, "n 2"] | None,
-) -> ScreenSplats:
-    """Projects, colours and masks."""
-    clean, usable = _without_bad_numbers(splats)
-    projection = project(
-        clean.means, clean.log_scales, clean.quaternions, camera, blur=blur, near=near
-    )
-    offsets = clean.means - camera.position
+    cameras: Camera,
+    background: Array,
+    probe: Probe | None,
+) -> Render:
+    """`one`, mapped over the leading axes of its arguments once those are broadcast."""
+    leaves, structure = jax.tree.flatten((splats, cameras, background, probe))
+    ranks = _SPLAT_RANKS + _CAMERA_RANKS + (1,) + (2,) * (structure.num_leaves - 9)
+    leading = [
+        np.shape(leaf)[: np.ndim(leaf) - rank] for leaf, rank in zip(leaves, ranks, strict=True)
+    ]
+    try:
+        axes = np.broadcast_shapes(*leading)
+    except ValueError:
+        raise ValueError(
+            f"The leading axes of splats {leading[0]}, cameras {leading[6]}, background"
+            f" {leading[8]} and probe {leading[9:]} do not broadcast against each other."
+        ) from None
+    if not axes:
+        return one(splats, cameras, background, probe)
+
+    def flat(leaf: Array, own: tuple[int, ...]) -> Array:
+        if not own:
+            return leaf
+        inner = np.shape(leaf)[len(own) :]
+        return jnp.broadcast_to(leaf, (*axes, *inner)).reshape(-1, *inner)
+
+    renders = jax.vmap(
+        lambda *leaves: one(*jax.tree.unflatten(structure, leaves)),
+        in_axes=[0 if own else None for own in leading],
+    )(*map(flat, leaves, leading))
+    return jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[1:]), renders)
+
+
+def _colours(splats: Splats, camera: Camera, sh_degree: int | None) -> Float[Array, "n 3"]:
+    offsets = splats.means - camera.position
     squared = jnp.sum(offsets * offsets, axis=-1, keepdims=True)
     directions = offsets * lax.rsqrt(jnp.maximum(squared, 1e-20))
-    colours = spherical_harmonics.to_rgb(clean.sh, directions, sh_degree)
-    opacities = jax.nn.sigmoid(clean.opacity_logits)
+    return spherical_harmonics.to_rgb(splats.sh, directions, sh_degree)
 
-    log_ratio = jnp.log(jnp.maximum(lax.stop_gradient(opacities) / ALPHA_MIN, 1.0))
-    extents = jnp.sqrt(2.0 * log_ratio[:, None] * lax.stop_gradient(projection.variances))
-    means2d = projection.means2d if mean2d_offset is None else projection.means2d + mean2d_offset
-    return ScreenSplats(
-        means2d=means2d,
-        conics=projection.conics,
-        opacities=opacities,
-        features=jnp.concatenate([colours, projection.depths[:, None]], axis=-1),
-        depths=lax.stop_gradient(projection.depths),
-        extents=extents,
-        visible=projection.visible & usable & (opacities >= ALPHA_MIN),
-    )
+
+def _extents(opacities: Float[Array, "n"], variances: Float[Array, "n 2"]) -> Float[Array, "n 2"]:
+    """Half width and height of the ellipses in which alpha reaches 1/255."""
+    log_ratio = jnp.log(jnp.maximum(opacities / ALPHA_MIN, 1.0))
+    return jnp.sqrt(2.0 * lax.stop_gradient(log_ratio[:, None] * variances))
+
+
+def _probed(screen: ScreenSplats, probe: Probe, width: int, height: int) -> ScreenSplats:
+    half_size = jnp.array([width / 2, height / 2], screen.means2d.dtype)
+    absolute = None if probe.absolute is None else probe.absolute * half_size
+    return screen._replace(means2d=screen.means2d + probe.mean2d * half_size, absolute=absolute)
 
 
 def _without_bad_numbers(splats: Splats) -> tuple[Splats, Bool[Array, "n"]]:

@@ -13,8 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gaussians.rasterize.screen import ScreenSplats
 
-#: Side of a tile in pixels.
-TILE = 8
 #: Extents come out of a few roundings; this much more of them, and of a pixel, is on the safe side.
 EXTENT_SLACK = 1e-4
 _NO_PAIR = 0xFFFFFFFF
@@ -33,9 +31,9 @@ class Bins(NamedTuple):
     overflow: Int[Array, ""]
 
 
-def default_capacity(num_splats: int, width: int, height: int) -> int:
+def default_capacity(num_splats: int, width: int, height: int, tile_size: int) -> int:
     """A power of two with room for about 8 tiles a splat and 16 splats a tile."""
-    tiles = -(-width // TILE) * -(-height // TILE)
+    tiles = -(-width // tile_size) * -(-height // tile_size)
     wanted = 8 * num_splats + 16 * tiles
     return 1 << (min(wanted, num_splats * tiles) - 1).bit_length()
 
@@ -60,12 +58,14 @@ def depth_order(depths: Float[Array, "n"], visible: Bool[Array, "n"]) -> Int[Arr
     return order.astype(jnp.int32)
 
 
-def bin_splats(screen: ScreenSplats, *, width: int, height: int, capacity: int) -> Bins:
+def bin_splats(
+    screen: ScreenSplats, *, width: int, height: int, tile_size: int, capacity: int
+) -> Bins:
     """Lists for each tile the splats whose support's bounding box meets it."""
-    columns, rows = -(-width // TILE), -(-height // TILE)
+    columns, rows = -(-width // tile_size), -(-height // tile_size)
     num_tiles, n = columns * rows, screen.depths.shape[0]
     order = depth_order(screen.depths, screen.visible)
-    first, spans = _tile_rectangles(screen, width, height)
+    first, spans = _tile_rectangles(screen, width, height, tile_size)
     first, spans = first[order], spans[order]
     counts = spans[:, 0] * spans[:, 1]
     ends = _saturating_cumsum(counts, limit=n * num_tiles)
@@ -86,7 +86,7 @@ def bin_splats(screen: ScreenSplats, *, width: int, height: int, capacity: int) 
 
 
 def _tile_rectangles(
-    screen: ScreenSplats, width: int, height: int
+    screen: ScreenSplats, width: int, height: int, tile_size: int
 ) -> tuple[Int[Array, "n 2"], Int[Array, "n 2"]]:
     """First tile (column, row) and number of columns and rows that each splat's box meets."""
     extents = screen.extents * (1.0 + EXTENT_SLACK) + EXTENT_SLACK
@@ -94,8 +94,8 @@ def _tile_rectangles(
     first_pixel = jnp.clip(jnp.ceil(screen.means2d - extents - 0.5), 0.0, size)
     last_pixel = jnp.clip(jnp.floor(screen.means2d + extents - 0.5), -1.0, size - 1.0)
     meets = screen.visible & jnp.all(first_pixel <= last_pixel, axis=-1)
-    first = first_pixel.astype(jnp.int32) // TILE
-    spans = last_pixel.astype(jnp.int32) // TILE - first + 1
+    first = first_pixel.astype(jnp.int32) // tile_size
+    spans = last_pixel.astype(jnp.int32) // tile_size - first + 1
     return first, jnp.where(meets[:, None], spans, 0)
 
 

@@ -26,6 +26,8 @@ class ScreenSplats(NamedTuple):
     depths: Sorting key, nearest first; equal depths keep their order. Carries no gradient.
     extents: Half width and half height in px of the ellipse alpha >= ALPHA_MIN. No gradient.
     visible: False for splats that must not be drawn; their numbers are finite stand-ins.
+    absolute: Zeros that change nothing; their gradient is sum_p |d loss / d centre| over the pixels
+        p, component by component: the `means2d` gradient without cancellation. None: not wanted.
     """
 
     means2d: Float[Array, "n 2"]
@@ -35,6 +37,7 @@ class ScreenSplats(NamedTuple):
     depths: Float[Array, "n"]
     extents: Float[Array, "n 2"]
     visible: Bool[Array, "n"]
+    absolute: Float[Array, "n 2"] | None = None
 
 
 class Composite(NamedTuple):
@@ -46,7 +49,11 @@ class Composite(NamedTuple):
 
 
 class CompositeFn(Protocol):
-    """The signature that all implementations share."""
+    """The signature that all implementations share.
+
+    `tile_size` and `capacity` are hints; None, or an implementation without tiles or without a list
+    of fixed size, takes its own. A `tile_size` that it cannot take raises ValueError.
+    """
 
     def __call__(
         self,
@@ -54,6 +61,7 @@ class CompositeFn(Protocol):
         *,
         width: int,
         height: int,
+        tile_size: int | None,
         capacity: int | None,
         alpha_max: float,
     ) -> Composite: ...

@@ -1,6 +1,6 @@
 """Exact tiled rasterizer in plain XLA operations: CPU, GPU and TPU alike.
 
-Splats are listed per tile of 8 x 8 pixels (`binning`). Tiles of similar occupancy form a group,
+Splats are listed per square tile (`binning`). Tiles of similar occupancy form a group,
 and a group walks through its lists nearest first, in chunks of `_CHUNK` splats, until the lists end
 or all of its pixels are opaque. So the loops have the length that the scene needs, while every
 array has a static shape.
@@ -25,13 +25,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from gaussians.rasterize.binning import TILE, bin_splats, by_occupancy, default_capacity
+from gaussians.rasterize.binning import bin_splats, by_occupancy, default_capacity
 from gaussians.rasterize.screen import ALPHA_MIN, TRANSMITTANCE_MIN, Composite, ScreenSplats
 
 _CHUNK = 32
 _GROUP = 32
-_PIXELS = TILE * TILE
 _GEOMETRY = 6  # columns of a splat row before its features: x, y, xx, xy, yy, opacity
+_TILE_SIZE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +40,21 @@ class _Grid:
 
     width: int
     height: int
+    tile: int
     alpha_max: float
+    absolute: bool  # the table ends in two columns for `ScreenSplats.absolute`
+
+    @property
+    def pixels(self) -> int:
+        return self.tile * self.tile
 
     @property
     def columns(self) -> int:
-        return -(-self.width // TILE)
+        return -(-self.width // self.tile)
 
     @property
     def rows(self) -> int:
-        return -(-self.height // TILE)
+        return -(-self.height // self.tile)
 
     @property
     def group(self) -> int:
@@ -57,18 +63,20 @@ class _Grid:
 
     def to_tiles(self, image: Float[Array, "h w c"]) -> Float[Array, "tiles c p"]:
         """Cuts an image into tiles, the last one empty; pixels past the border are 0."""
-        below, right = self.rows * TILE - self.height, self.columns * TILE - self.width
+        below, right = self.rows * self.tile - self.height, self.columns * self.tile - self.width
         image = jnp.pad(image, ((0, below), (0, right), (0, 0)))
-        tiles = image.reshape(self.rows, TILE, self.columns, TILE, -1).transpose(0, 2, 4, 1, 3)
+        tiles = image.reshape(self.rows, self.tile, self.columns, self.tile, -1).transpose(
+            0, 2, 4, 1, 3
+        )
         return jnp.pad(
-            tiles.reshape(self.rows * self.columns, -1, _PIXELS), ((0, 1), (0, 0), (0, 0))
+            tiles.reshape(self.rows * self.columns, -1, self.pixels), ((0, 1), (0, 0), (0, 0))
         )
 
     def to_image(self, tiles: Float[Array, "tiles c p"]) -> Float[Array, "h w c"]:
         """The inverse of `to_tiles`."""
-        image = tiles[:-1].reshape(self.rows, self.columns, -1, TILE, TILE)
+        image = tiles[:-1].reshape(self.rows, self.columns, -1, self.tile, self.tile)
         image = image.transpose(0, 3, 1, 4, 2)
-        image = image.reshape(self.rows * TILE, self.columns * TILE, -1)
+        image = image.reshape(self.rows * self.tile, self.columns * self.tile, -1)
         return image[: self.height, : self.width]
 
 
@@ -77,6 +85,7 @@ def composite(
     *,
     width: int,
     height: int,
+    tile_size: int | None = None,
     capacity: int | None = None,
     alpha_max: float = 0.99,
 ) -> Composite:
@@ -85,17 +94,19 @@ def composite(
     Under `jax.vmap` the blending runs one element after the other (on CPU that is what is fastest);
     projection and sorting are batched.
     """
+    tile_size = _TILE_SIZE if tile_size is None else tile_size
     n, num_features = screen.features.shape
     if n == 0 or width == 0 or height == 0:
         blank = jnp.zeros((height, width, num_features), screen.features.dtype)
         return Composite(blank, jnp.zeros((height, width), blank.dtype), jnp.zeros((), jnp.int32))
-    capacity = default_capacity(n, width, height) if capacity is None else capacity
+    capacity = default_capacity(n, width, height, tile_size) if capacity is None else capacity
     fixed = ScreenSplats(*(lax.stop_gradient(leaf) for leaf in screen))
-    bins = bin_splats(fixed, width=width, height=height, capacity=capacity)
-    table = jnp.concatenate(
-        [screen.means2d, screen.conics, screen.opacities[:, None], screen.features], axis=-1
-    )
-    blended: Array = _blend(_Grid(width, height, alpha_max), table, bins.splats, bins.starts)
+    bins = bin_splats(fixed, width=width, height=height, tile_size=tile_size, capacity=capacity)
+    columns = [screen.means2d, screen.conics, screen.opacities[:, None], screen.features]
+    if screen.absolute is not None:
+        columns.append(screen.absolute)
+    grid = _Grid(width, height, tile_size, alpha_max, absolute=screen.absolute is not None)
+    blended: Array = _blend(grid, jnp.concatenate(columns, -1), bins.splats, bins.starts)
     return Composite(blended[..., :-1], blended[..., -1], bins.overflow)
 
 
@@ -146,29 +157,34 @@ def _read_chunk(
     listed = position < end
     index = splats[jnp.minimum(position, splats.shape[0] - 1)]
     rows = table[index]
-    centre_x = ((tiles % grid.columns) * TILE + TILE // 2).astype(table.dtype)
-    centre_y = ((tiles // grid.columns) * TILE + TILE // 2).astype(table.dtype)
+    centre_x = ((tiles % grid.columns) * grid.tile + grid.tile // 2).astype(table.dtype)
+    centre_y = ((tiles // grid.columns) * grid.tile + grid.tile // 2).astype(table.dtype)
     return _Chunk(
         index=jnp.where(listed, index, table.shape[0]),
         x=rows[..., 0] - centre_x,
         y=rows[..., 1] - centre_y,
         conic=(rows[..., 2], rows[..., 3], rows[..., 4]),
         opacity=jnp.where(listed, rows[..., 5], 0.0),
-        features=rows[..., _GEOMETRY:].transpose(0, 2, 1),
+        features=rows[..., _GEOMETRY : rows.shape[-1] - 2 * grid.absolute].transpose(0, 2, 1),
     )
 
 
-def _pixel_offsets(dtype) -> tuple[np.ndarray, np.ndarray]:
+def _pixel_offsets(grid: _Grid, dtype) -> tuple[np.ndarray, np.ndarray]:
     """x and y of the pixel centres of a tile, relative to the tile's centre."""
-    axis = np.arange(TILE, dtype=dtype) + 0.5 - TILE / 2
+    axis = np.arange(grid.tile, dtype=dtype) + 0.5 - grid.tile // 2
     y, x = np.meshgrid(axis, axis, indexing="ij")
     return x.reshape(-1).astype(dtype), y.reshape(-1).astype(dtype)
 
 
-def _peaks(chunk: _Chunk) -> Float[Array, "k g p"]:
+def _distances(grid: _Grid, chunk: _Chunk) -> tuple[Float[Array, "k g p"], Float[Array, "k g p"]]:
+    """x and y from the splats' centres to the pixels'."""
+    x, y = _pixel_offsets(grid, chunk.x.dtype)
+    return x - chunk.x[..., None], y - chunk.y[..., None]
+
+
+def _peaks(grid: _Grid, chunk: _Chunk) -> Float[Array, "k g p"]:
     """opacity * exp(-distance^2 / 2) at every pixel, before both cuts."""
-    pixel_x, pixel_y = _pixel_offsets(chunk.x.dtype)
-    dx, dy = pixel_x - chunk.x[..., None], pixel_y - chunk.y[..., None]
+    dx, dy = _distances(grid, chunk)
     xx, xy, yy = (entry[..., None] for entry in chunk.conic)
     power = dx * (-0.5 * xx * dx - xy * dy) - 0.5 * yy * dy * dy
     peaks = chunk.opacity[..., None] * jnp.exp(jnp.minimum(power, 0.0))
@@ -182,9 +198,9 @@ def _cut(peaks: Array, alpha_max: float) -> Array:
 
 def _start_transmittance(grid: _Grid, tiles: Int[Array, "g"], dtype) -> Float[Array, "g p"]:
     """1 inside the image, 0 past its border, where nothing needs to be blended."""
-    pixel_x, pixel_y = _pixel_offsets(dtype)
-    x = (tiles % grid.columns * TILE + TILE // 2)[:, None] + pixel_x
-    y = (tiles // grid.columns * TILE + TILE // 2)[:, None] + pixel_y
+    pixel_x, pixel_y = _pixel_offsets(grid, dtype)
+    x = (tiles % grid.columns * grid.tile + grid.tile // 2)[:, None] + pixel_x
+    y = (tiles // grid.columns * grid.tile + grid.tile // 2)[:, None] + pixel_y
     return ((x < grid.width) & (y < grid.height)).astype(dtype)
 
 
@@ -206,14 +222,14 @@ def _walk(grid: _Grid, starts: Array, tiles: Array, state: tuple, advance) -> tu
 
 
 def _forward(grid: _Grid, table: Array, splats: Array, starts: Array) -> Array:
-    channels = table.shape[1] - _GEOMETRY + 1
+    channels = table.shape[1] - _GEOMETRY - 2 * grid.absolute + 1
     groups = by_occupancy(starts, grid.group)
 
     def blend_group(tiles: Array) -> Array:
         def advance(step: Array, begin: Array, end: Array, state: tuple) -> tuple:
             chunk = _read_chunk(grid, table, splats, begin, end, tiles, step)
             features = jnp.pad(chunk.features, ((0, 0), (0, 1), (0, 0)), constant_values=1.0)
-            return lax.scan(_blend_one, state, (_peaks(chunk), features))[0]
+            return lax.scan(_blend_one, state, (_peaks(grid, chunk), features))[0]
 
         def _blend_one(state: tuple, splat: tuple) -> tuple:
             transmittance, blended = state
@@ -223,12 +239,12 @@ def _forward(grid: _Grid, table: Array, splats: Array, starts: Array) -> Array:
             weight = jnp.where(remaining >= TRANSMITTANCE_MIN, alpha * transmittance, 0.0)
             return (remaining, blended + weight * features[..., None]), None
 
-        blank = jnp.zeros((channels, tiles.shape[0], _PIXELS), table.dtype)
+        blank = jnp.zeros((channels, tiles.shape[0], grid.pixels), table.dtype)
         state = (_start_transmittance(grid, tiles, table.dtype), blank)
         return _walk(grid, starts, tiles, state, advance)[1].transpose(1, 0, 2)
 
-    blended = lax.map(blend_group, groups).reshape(-1, channels, _PIXELS)
-    tiles = jnp.zeros((grid.columns * grid.rows + 1, channels, _PIXELS), table.dtype)
+    blended = lax.map(blend_group, groups).reshape(-1, channels, grid.pixels)
+    tiles = jnp.zeros((grid.columns * grid.rows + 1, channels, grid.pixels), table.dtype)
     return grid.to_image(tiles.at[groups.reshape(-1)].set(blended))
 
 
@@ -247,9 +263,9 @@ def _backward(
             chunk = _read_chunk(grid, table, splats, begin, end, tiles, step)
             replay = functools.partial(_replay_one, grid.alpha_max, received)
             pixels, (weights, energies) = lax.scan(
-                replay, tuple(pixels), (_peaks(chunk), chunk.features)
+                replay, tuple(pixels), (_peaks(grid, chunk), chunk.features)
             )
-            rows = _splat_gradients(chunk, weights, energies, received)
+            rows = _splat_gradients(grid, chunk, weights, energies, received)
             gradient = gradient.at[chunk.index.reshape(-1)].add(
                 rows.reshape(-1, rows.shape[-1]), mode="drop"
             )
@@ -281,15 +297,16 @@ def _replay_one(alpha_max: float, received: Array, state: tuple, splat: tuple) -
 
 
 def _splat_gradients(
+    grid: _Grid,
     chunk: _Chunk,
     weights: Float[Array, "k g p"],
     energies: Float[Array, "k g p"],
     received: Float[Array, "f g p"],
 ) -> Float[Array, "k g d"]:
     """Rows of the table's cotangent from the weights and energies of one chunk."""
-    px, py = _pixel_offsets(weights.dtype)
+    px, py = _pixel_offsets(grid, weights.dtype)
     monomials = np.stack([np.ones_like(px), px, py, px * px, px * py, py * py], axis=-1)
-    moments = energies.reshape(-1, _PIXELS) @ monomials
+    moments = energies.reshape(-1, grid.pixels) @ monomials
     m, mx, my, mxx, mxy, myy = jnp.moveaxis(moments.reshape(*chunk.x.shape, 6), -1, 0)
     x, y, (xx, xy, yy) = chunk.x, chunk.y, chunk.conic
     dx, dy = mx - x * m, my - y * m  # moments of the offset from the splat's centre
@@ -305,4 +322,10 @@ def _splat_gradients(
         m / jnp.maximum(chunk.opacity, ALPHA_MIN),
     ]
     of_features = jnp.einsum("kgp,fgp->kgf", weights, received[:-1])
-    return jnp.concatenate([jnp.stack(geometry, axis=-1), of_features], axis=-1)
+    rows = [jnp.stack(geometry, axis=-1), of_features]
+    if grid.absolute:
+        px, py = _distances(grid, chunk)
+        xx, xy, yy = xx[..., None], xy[..., None], yy[..., None]
+        pulls = (energies * (xx * px + xy * py), energies * (xy * px + yy * py))
+        rows.append(jnp.stack([jnp.sum(jnp.abs(pull), axis=-1) for pull in pulls], axis=-1))
+    return jnp.concatenate(rows, axis=-1)
