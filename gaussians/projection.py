@@ -31,7 +31,8 @@ _MIN_COMPENSATION = 0.005  # keeps the square root differentiable; gsplat's floo
 class Projection(NamedTuple):
     """What the image plane sees of n splats.
 
-    means2d: Centres in pixels. conics: Inverse covariance (xx, xy, yy) in 1/px^2.
+    means2d: Centres in pixels.
+    factors: The inverse covariance as (p, s, r), see `gaussians.rasterize.ScreenSplats`.
     variances: Diagonal (xx, yy) of the blurred covariance, px^2. depths: Camera z.
     compensations: sqrt(|cov2d| / |blurred cov2d|) in [0.005, 1], the share of opacity that a splat
         keeps when the blur must not add light (Yu et al. 2024, Mip-Splatting, Eq. 9).
@@ -39,7 +40,7 @@ class Projection(NamedTuple):
     """
 
     means2d: Float[Array, "n 2"]
-    conics: Float[Array, "n 3"]
+    factors: Float[Array, "n 3"]
     variances: Float[Array, "n 2"]
     depths: Float[Array, "n"]
     compensations: Float[Array, "n"]
@@ -123,12 +124,12 @@ def project(
     unblurred = jnp.sum(cross**2, axis=-1)
     determinant = unblurred + blur * (xx + yy - blur)
     invertible = determinant > 0.0
-    determinant = jnp.where(invertible, determinant, 1.0)
+    determinant, yy = (jnp.where(invertible, value, 1.0) for value in (determinant, yy))
     kept = jnp.maximum(unblurred / determinant, _MIN_COMPENSATION**2)
-    conics = jnp.stack([yy, -xy, xx], axis=-1) / determinant[:, None]
+    factors = jnp.stack([yy / determinant, -xy / yy, 1.0 / yy], axis=-1)
     return Projection(
         means2d=means2d,
-        conics=jnp.where(invertible[:, None], conics, 1.0),
+        factors=jnp.where(invertible[:, None], factors, 1.0),
         variances=jnp.stack([xx, yy], axis=-1),
         depths=depths[:, 0],
         compensations=jnp.sqrt(kept),

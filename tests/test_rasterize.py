@@ -424,7 +424,7 @@ def test_more_tiles_and_splats_than_a_packed_key_holds():
     depths = rng.uniform(1, 2, n).astype(np.float32)
     screen = ScreenSplats(
         means2d=jnp.asarray(centres),
-        conics=jnp.ones((n, 3)),
+        factors=jnp.ones((n, 3)),
         opacities=jnp.ones(n),
         features=jnp.ones((n, 4)),
         depths=jnp.asarray(depths),

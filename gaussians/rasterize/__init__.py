@@ -208,7 +208,7 @@ def rasterize(
             opacities = opacities * projection.compensations
         screen = ScreenSplats(
             means2d=projection.means2d,
-            conics=projection.conics,
+            factors=projection.factors,
             opacities=opacities,
             features=jnp.concatenate(
                 [_colours(clean, camera, sh_degree), projection.depths[:, None]], axis=-1

@@ -41,8 +41,9 @@ def composite(
         if splat.absolute is not None:
             dx = _watched(dx, splat.absolute[0])
             dy = _watched(dy, splat.absolute[1])
-        xx, xy, yy = splat.conics[0], splat.conics[1], splat.conics[2]
-        peaked = splat.opacities * jnp.exp(-0.5 * (xx * dx * dx + yy * dy * dy) - xy * dx * dy)
+        across = dx + splat.factors[1] * dy
+        distance = splat.factors[0] * across**2 + splat.factors[2] * dy**2
+        peaked = splat.opacities * jnp.exp(-0.5 * distance)
         alpha = jnp.where(peaked > alpha_max, alpha_max, peaked)  # no gradient where it is cut
         alpha = jnp.where(splat.visible & (alpha >= ALPHA_MIN), alpha, 0.0)
         remaining = transmittance * (1.0 - alpha)

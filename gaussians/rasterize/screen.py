@@ -20,7 +20,9 @@ class ScreenSplats(NamedTuple):
     """n splats on the image plane.
 
     means2d: Centres in pixels, pixel (row 0, column 0) having its centre at (0.5, 0.5).
-    conics: Inverse covariance (xx, xy, yy), 1/px^2, positive definite.
+    factors: LDL^T factors (p, s, r) of the inverse covariance: at an offset (dx, dy) px from the
+        centre the squared Mahalanobis distance is p (dx + s dy)^2 + r dy^2, with p, r > 0. The
+        entries themselves, p, p s and p s^2 + r, would cancel to noise along a needle in float32.
     opacities: Peak alpha in [0, 1].
     features: What is blended: colour, depth, ...
     depths: Sorting key, nearest first; equal depths keep their order. Carries no gradient.
@@ -31,7 +33,7 @@ class ScreenSplats(NamedTuple):
     """
 
     means2d: Float[Array, "n 2"]
-    conics: Float[Array, "n 3"]
+    factors: Float[Array, "n 3"]
     opacities: Float[Array, "n"]
     features: Float[Array, "n f"]
     depths: Float[Array, "n"]

@@ -30,7 +30,7 @@ from gaussians.rasterize.screen import ALPHA_MIN, TRANSMITTANCE_MIN, Composite, 
 
 _CHUNK = 32
 _GROUP = 32
-_GEOMETRY = 6  # columns of a splat row before its features: x, y, xx, xy, yy, opacity
+_GEOMETRY = 6  # columns of a splat row before its features: x, y, p, s, r, opacity
 _TILE_SIZE = 8
 
 
@@ -102,7 +102,7 @@ def composite(
     capacity = default_capacity(n, width, height, tile_size) if capacity is None else capacity
     fixed = ScreenSplats(*(lax.stop_gradient(leaf) for leaf in screen))
     bins = bin_splats(fixed, width=width, height=height, tile_size=tile_size, capacity=capacity)
-    columns = [screen.means2d, screen.conics, screen.opacities[:, None], screen.features]
+    columns = [screen.means2d, screen.factors, screen.opacities[:, None], screen.features]
     if screen.absolute is not None:
         columns.append(screen.absolute)
     grid = _Grid(width, height, tile_size, alpha_max, absolute=screen.absolute is not None)
@@ -139,7 +139,7 @@ class _Chunk(NamedTuple):
     index: Int[Array, "k g"]  # row of the table, or one past its end
     x: Float[Array, "k g"]
     y: Float[Array, "k g"]
-    conic: tuple[Array, Array, Array]  # xx, xy, yy, each (k g)
+    factors: tuple[Array, Array, Array]  # p, s, r, each (k g)
     opacity: Float[Array, "k g"]  # 0 past the end of a tile's list
     features: Float[Array, "k f g"]
 
@@ -163,7 +163,7 @@ def _read_chunk(
         index=jnp.where(listed, index, table.shape[0]),
         x=rows[..., 0] - centre_x,
         y=rows[..., 1] - centre_y,
-        conic=(rows[..., 2], rows[..., 3], rows[..., 4]),
+        factors=(rows[..., 2], rows[..., 3], rows[..., 4]),
         opacity=jnp.where(listed, rows[..., 5], 0.0),
         features=rows[..., _GEOMETRY : rows.shape[-1] - 2 * grid.absolute].transpose(0, 2, 1),
     )
@@ -176,18 +176,18 @@ def _pixel_offsets(grid: _Grid, dtype) -> tuple[np.ndarray, np.ndarray]:
     return x.reshape(-1).astype(dtype), y.reshape(-1).astype(dtype)
 
 
-def _distances(grid: _Grid, chunk: _Chunk) -> tuple[Float[Array, "k g p"], Float[Array, "k g p"]]:
-    """x and y from the splats' centres to the pixels'."""
+def _offsets(grid: _Grid, chunk: _Chunk) -> tuple[Float[Array, "k g p"], Float[Array, "k g p"]]:
+    """u = dx + s dy and dy of the pixels from the splats' centres."""
     x, y = _pixel_offsets(grid, chunk.x.dtype)
-    return x - chunk.x[..., None], y - chunk.y[..., None]
+    dy = y - chunk.y[..., None]
+    return x - chunk.x[..., None] + chunk.factors[1][..., None] * dy, dy
 
 
 def _peaks(grid: _Grid, chunk: _Chunk) -> Float[Array, "k g p"]:
     """opacity * exp(-distance^2 / 2) at every pixel, before both cuts."""
-    dx, dy = _distances(grid, chunk)
-    xx, xy, yy = (entry[..., None] for entry in chunk.conic)
-    power = dx * (-0.5 * xx * dx - xy * dy) - 0.5 * yy * dy * dy
-    peaks = chunk.opacity[..., None] * jnp.exp(jnp.minimum(power, 0.0))
+    u, dy = _offsets(grid, chunk)
+    p, _, r = (factor[..., None] for factor in chunk.factors)
+    peaks = chunk.opacity[..., None] * jnp.exp(-0.5 * (p * u * u + r * dy * dy))
     return lax.optimization_barrier(peaks)  # one pass over the chunk, not a part of the loop below
 
 
@@ -308,24 +308,27 @@ def _splat_gradients(
     monomials = np.stack([np.ones_like(px), px, py, px * px, px * py, py * py], axis=-1)
     moments = energies.reshape(-1, grid.pixels) @ monomials
     m, mx, my, mxx, mxy, myy = jnp.moveaxis(moments.reshape(*chunk.x.shape, 6), -1, 0)
-    x, y, (xx, xy, yy) = chunk.x, chunk.y, chunk.conic
-    dx, dy = mx - x * m, my - y * m  # moments of the offset from the splat's centre
-    dxx = mxx - 2.0 * x * mx + x * x * m
-    dxy = mxy - x * my - y * mx + x * y * m
-    dyy = myy - 2.0 * y * my + y * y * m
+    y, (p, s, r) = chunk.y, chunk.factors
+    # Moments of u = dx + s dy and of dy; c is x + s y of the splat's centre.
+    c = chunk.x + s * y
+    mu, muy, muu = mx + s * my, mxy + s * myy, mxx + s * (2.0 * mxy + s * myy)
+    u, dy = mu - c * m, my - y * m
+    uu = muu - c * (2.0 * mu - c * m)
+    udy = muy - c * my - y * u
+    dyy = myy - y * (2.0 * my - y * m)
     geometry = [
-        xx * dx + xy * dy,
-        xy * dx + yy * dy,
-        -0.5 * dxx,
-        -dxy,
+        p * u,
+        p * s * u + r * dy,
+        -0.5 * uu,
+        -p * udy,
         -0.5 * dyy,
         m / jnp.maximum(chunk.opacity, ALPHA_MIN),
     ]
     of_features = jnp.einsum("kgp,fgp->kgf", weights, received[:-1])
     rows = [jnp.stack(geometry, axis=-1), of_features]
     if grid.absolute:
-        px, py = _distances(grid, chunk)
-        xx, xy, yy = xx[..., None], xy[..., None], yy[..., None]
-        pulls = (energies * (xx * px + xy * py), energies * (xy * px + yy * py))
+        u, dy = _offsets(grid, chunk)
+        p, s, r = (factor[..., None] for factor in chunk.factors)
+        pulls = (energies * p * u, energies * (p * s * u + r * dy))
         rows.append(jnp.stack([jnp.sum(jnp.abs(pull), axis=-1) for pull in pulls], axis=-1))
     return jnp.concatenate(rows, axis=-1)
