@@ -33,7 +33,8 @@ class Projection(NamedTuple):
 
     means2d: Centres in pixels.
     factors: The inverse covariance as (p, s, r), see `gaussians.rasterize.ScreenSplats`.
-    variances: Diagonal (xx, yy) of the blurred covariance, px^2. depths: Camera z.
+    variances: Diagonal (xx, yy) of the blurred covariance, px^2.
+    depths: Camera z.
     compensations: sqrt(|cov2d| / |blurred cov2d|) in [0.005, 1], the share of opacity that a splat
         keeps when the blur must not add light (Yu et al. 2024, Mip-Splatting, Eq. 9).
     visible: Whether the numbers mean anything; invisible splats hold finite stand-ins.

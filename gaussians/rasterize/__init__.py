@@ -28,12 +28,21 @@ from jaxtyping import Bool, Float, Int
 from d4d_jax import pytree
 from d4d_jax.typing import AnyArray
 from gaussians import sh as spherical_harmonics
-from gaussians.projection import BLUR, NEAR, project
-from gaussians.rasterize import reference, tiled
+from gaussians.projection import BLUR, NEAR, Projection, project
+from gaussians.rasterize import cpu, reference, tiled
 from gaussians.rasterize.screen import ALPHA_MIN, Composite, CompositeFn, ScreenSplats
 from gaussians.types import Camera, Splats
 
-__all__ = ["Composite", "CompositeFn", "Probe", "Render", "ScreenSplats", "chosen", "rasterize"]
+__all__ = [
+    "Composite",
+    "CompositeFn",
+    "Probe",
+    "Render",
+    "ScreenSplats",
+    "available",
+    "chosen",
+    "rasterize",
+]
 
 
 def _everywhere() -> None:
@@ -41,18 +50,25 @@ def _everywhere() -> None:
 
 
 class _Implementation(NamedTuple):
-    """composite: does the blending. obstacle: why it cannot run natively here, or None."""
+    """What makes up an implementation.
+
+    composite: Blends what is on the screen.
+    project: Brings splats there, see `gaussians.projection.project`.
+    obstacle: Why it cannot run natively here, or None.
+    """
 
     composite: CompositeFn
+    project: Callable[..., Projection] = project
     obstacle: Callable[[], str | None] = _everywhere
 
 
 _IMPLEMENTATIONS: dict[str, _Implementation] = {
     "reference": _Implementation(reference.composite),
     "tiled": _Implementation(tiled.composite),
+    "cpu": _Implementation(cpu.composite, cpu.project, cpu.obstacle),
 }
 #: What `implementation=None` tries, in this order.
-_PREFERRED = ("tiled",)
+_PREFERRED = ("cpu", "tiled")
 
 #: Axes of the leaves of `Splats` and of `Camera` that are not leading ones, in their order.
 _SPLAT_RANKS = (2, 2, 2, 1, 3, 1)
@@ -105,6 +121,11 @@ class Probe:
     def zeros(cls, n: int, *, absolute: bool = False) -> "Probe":
         """For n splats, with or without the absolute variant."""
         return cls(jnp.zeros((n, 2)), jnp.zeros((n, 2)) if absolute else None)
+
+
+def available() -> tuple[str, ...]:
+    """The names of the implementations that run natively on this platform."""
+    return tuple(name for name, entry in _IMPLEMENTATIONS.items() if entry.obstacle() is None)
 
 
 def chosen(implementation: str | Sequence[str] | None = None) -> str:
@@ -181,10 +202,10 @@ def rasterize(
         ValueError: When the leading axes do not broadcast, the implementation is unknown or cannot
             run here, or a number is out of its range.
     """
-    name = chosen(implementation)
+    implemented = _IMPLEMENTATIONS[chosen(implementation)]
     _check(cameras, alpha_max, tile_size, capacity)
     composite = functools.partial(
-        _IMPLEMENTATIONS[name].composite,
+        implemented.composite,
         width=cameras.width,
         height=cameras.height,
         tile_size=tile_size,
@@ -194,7 +215,7 @@ def rasterize(
 
     def one(splats: Splats, camera: Camera, background: Array, probe: Probe | None) -> Render:
         clean, usable = _without_bad_numbers(splats)
-        projection = project(
+        projection = implemented.project(
             clean.means,
             clean.log_scales,
             clean.quaternions,

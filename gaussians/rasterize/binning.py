@@ -31,6 +31,19 @@ class Bins(NamedTuple):
     overflow: Int[Array, ""]
 
 
+class Chunks(NamedTuple):
+    """Pairs in slots, each tile's beginning at a multiple of the chunk size.
+
+    splats: Splat of each slot; one past the last splat where a slot has no pair.
+    tiles: Tile of each chunk; behind the last chunk in use arbitrary.
+    starts: Tile t owns the chunks starts[t] .. starts[t + 1] - 1.
+    """
+
+    splats: Int[Array, "slots"]
+    tiles: Int[Array, "chunks"]
+    starts: Int[Array, "starts"]
+
+
 def default_capacity(num_splats: int, width: int, height: int, tile_size: int) -> int:
     """A power of two with room for about 8 tiles a splat and 16 splats a tile."""
     tiles = -(-width // tile_size) * -(-height // tile_size)
@@ -136,6 +149,22 @@ def _sort_pairs(
         key, ranks = lax.sort((key, rank.astype(jnp.uint32)), num_keys=2, is_stable=False)
         starts = jnp.searchsorted(key, tiles)
     return ranks.astype(jnp.int32), starts.astype(jnp.int32)
+
+
+def in_chunks(bins: Bins, n: int, size: int) -> Chunks:
+    """Lays the pairs of n splats out in chunks of one tile each, in their order."""
+    counts = bins.starts[1:] - bins.starts[:-1]
+    num_tiles, capacity = counts.shape[0], bins.splats.shape[0]
+    most = (capacity + min(num_tiles, capacity) * (size - 1)) // size
+    used = (counts + size - 1) // size
+    starts = jnp.pad(jnp.cumsum(used, dtype=jnp.int32), (1, 0))
+    tile = jnp.arange(num_tiles, dtype=jnp.int32)
+    tiles = jnp.repeat(tile, used, total_repeat_length=most)
+    first = bins.starts[tiles] + (jnp.arange(most, dtype=jnp.int32) - starts[tiles]) * size
+    pair = first[:, None] + jnp.arange(size, dtype=jnp.int32)
+    listed = pair < bins.starts[tiles + 1][:, None]
+    splats = jnp.where(listed, bins.splats[jnp.minimum(pair, capacity - 1)], n)
+    return Chunks(splats.reshape(-1), tiles, starts)
 
 
 def by_occupancy(starts: Int[Array, "starts"], group: int) -> Int[Array, "groups group"]:

@@ -1,0 +1,111 @@
+"""Measures speed and memory beside other implementations.
+
+    python -m experiments.benchmark --suite=rasterizer --json=rasterizer.json
+
+runs what it finds installed and installs nothing. The JSON is a list of rows; printed, and written
+where --markdown says, is a table of them with the machine and the reasons for what is missing.
+Figures of different runs or machines are not comparable; those of one run are taken in turn.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags, logging
+
+from experiments import cli
+from experiments.benchmarks import measure, rasterizer, scenes
+from gaussians.rasterize import available
+
+#: Leaves device memory to the processes that measure it; lets threads that wait sleep, since they
+#: would take the processor from whoever has the next turn (which slows torch down most of all).
+_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+
+_N, _SIZES = (1_000, 10_000, 50_000), (256,)
+_FULL_N, _FULL_SIZES = (*_N, 200_000), (256, 512, 1024)
+
+
+def main() -> None:
+    """Runs the suite of the command line and writes its figures."""
+    options = flags.FLAGS
+    paths = [_writable(path) for path in (options.json, options.markdown) if path]
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    rows, text = SUITES[options.suite](options)
+    _replace(paths[0], json.dumps(rows, indent=1, allow_nan=False))
+    for path in paths[1:]:
+        _replace(path, text)
+    print(text)
+
+
+def run_rasterizer(options: flags.FlagValues) -> tuple[list[rasterizer.Row], str]:
+    """The rows of the rasterizer suite, and their table with the machine and what is missing."""
+    names = options.implementations or [*available(), *rasterizer.PEERS]
+    rasterizer.check_names(names)
+    rows: list[rasterizer.Row] = []
+    missing: list[str] = []
+    for size in map(int, options.sizes or (_FULL_SIZES if options.full else _SIZES)):
+        for n in map(int, options.n or (_FULL_N if options.full else _N)):
+            cell = rasterizer.run(
+                names, options.scene, n, size, repeats=options.repeats, seconds=options.seconds
+            )
+            rows += cell.rows
+            missing += [f"`{name}` did not run: {why}." for name, why in cell.failures.items()]
+            differences = ", ".join(f"{k} {v:.1e}" for k, v in cell.differences.items())
+            logging.info("%d splats, %d px; largest differences: %s.", n, size, differences)
+    if not rows:
+        raise ValueError(" ".join(["Nothing was measured.", *missing]))
+    notes = "\n".join(f"- {line}" for line in dict.fromkeys(missing))
+    about = f"{measure.machine()}; scene `{options.scene}`; x: times faster than"
+    return rows, f"{about} `{rasterizer.BASELINE}`.\n\n{rasterizer.table(rows)}\n\n{notes}".strip()
+
+
+def _writable(path: str) -> pathlib.Path:
+    """The path, whose folder is made if needed; raises OSError before anything is measured."""
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file.")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"{target.parent} cannot be written to.")
+    return target
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Writes through a temporary file, so that the file is the old or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _are_counts(values: list[str] | None) -> bool:
+    return all(value.isdecimal() and int(value) > 0 for value in values or [])
+
+
+SUITES: dict[str, Callable[[flags.FlagValues], tuple[list[Any], str]]] = {
+    "rasterizer": run_rasterizer
+}
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("suite", None, list(SUITES), "What to measure.", required=True)
+    flags.DEFINE_string("json", None, "File for the rows.", required=True)
+    flags.DEFINE_string("markdown", None, "File for the table that is printed.")
+    flags.DEFINE_list("implementations", None, "Names; default: all that run here, and the peers.")
+    flags.DEFINE_list("n", None, f"Numbers of splats; default: {_N}.")
+    flags.DEFINE_list("sizes", None, f"Image sizes in pixels; default: {_SIZES}.")
+    flags.DEFINE_bool("full", False, f"Let n default to {_FULL_N} and sizes to {_FULL_SIZES}.")
+    flags.DEFINE_enum(
+        "scene",
+        "ball",
+        list(scenes.RADII),
+        "Ball of splats that fills the image, or one as large as an object.",
+    )
+    flags.DEFINE_integer(
+        "repeats", 25, "Most rounds for a number of splats and a size.", lower_bound=1
+    )
+    flags.DEFINE_float("seconds", 20.0, "Time after which no round starts.", lower_bound=0)
+    for name in ("n", "sizes"):
+        flags.register_validator(name, _are_counts, "these must be whole numbers above 0")
+    cli.run(main)

@@ -1,0 +1,212 @@
+"""The rasterizer for CPU: C++ kernels (folder `native`) behind XLA's foreign function interface.
+
+Blending sorts splats and tiles itself, so that it needs no capacity and nothing can overflow, and
+keeps a tile of 8 x 8 pixels in the registers of one core, with AVX-512, AVX2 or neither, whatever
+the processor has. The kernels are built when the package is installed, if there is a C++ compiler.
+"""
+
+import ctypes
+import functools
+import importlib.machinery
+import math
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float
+
+from d4d_jax.cameras import Camera
+from d4d_jax.typing import AnyArray
+from gaussians.projection import BLUR, NEAR, Projection
+from gaussians.rasterize.screen import Composite, ScreenSplats
+
+TILE_SIZE = 8
+_NUM_FEATURES = 4
+_SYMBOLS = {
+    "gaussians_project": "SplatsProject",
+    "gaussians_unproject": "SplatsUnproject",
+    "gaussians_blend": "SplatsBlend",
+    "gaussians_unblend": "SplatsUnblend",
+}
+
+
+class _Gradients(NamedTuple):
+    """The inputs that have a gradient; its field names are those of `ScreenSplats`."""
+
+    means2d: Float[Array, "n 2"]
+    factors: Float[Array, "n 3"]
+    opacities: Float[Array, "n"]
+    features: Float[Array, "n f"]
+    absolute: Float[Array, "a 2"]  # as many rows as splats, or none when it is not asked for
+
+
+class _Fixed(NamedTuple):
+    """The inputs that have none."""
+
+    depths: Float[Array, "n"]
+    extents: Float[Array, "n 2"]
+    visible: Bool[Array, "n"]
+
+
+class _View(NamedTuple):
+    """What is known at compile time."""
+
+    width: int
+    height: int
+    alpha_max: float
+
+
+@functools.cache
+def obstacle() -> str | None:
+    """Why the kernel cannot run here, or None. Loads and registers it at the first call."""
+    if jax.default_backend() != "cpu":
+        return f"JAX runs on {jax.default_backend()}, not on cpu"
+    folder = pathlib.Path(__file__).parent
+    files = [folder / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    found = next((file for file in files if file.exists()), None)
+    if found is None:
+        return "its C++ kernel was not built: install the package where there is a C++ compiler"
+    try:
+        library = ctypes.CDLL(str(found))
+        for name, symbol in _SYMBOLS.items():
+            capsule = jax.ffi.pycapsule(getattr(library, symbol))
+            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    except Exception as error:  # a library of another platform or version: whatever it is, say it
+        return (
+            f"its C++ kernel {found.name} could not be loaded ({error}); install the package anew"
+        )
+    return None
+
+
+def project(
+    means: Float[AnyArray, "n 3"],
+    log_scales: Float[AnyArray, "n 3"],
+    quaternions: Float[AnyArray, "n 4"],
+    camera: Camera,
+    *,
+    blur: float | Float[AnyArray, ""] = BLUR,
+    near: float | Float[AnyArray, ""] = NEAR,
+    far: float | Float[AnyArray, ""] = math.inf,
+) -> Projection:
+    """`gaussians.projection.project` in float32."""
+    arrays = (means, log_scales, quaternions, camera.world_to_camera, camera.intrinsics)
+    return _project((camera.width, camera.height), *map(_float32, (*arrays, blur, near, far)))
+
+
+def composite(
+    screen: ScreenSplats,
+    *,
+    width: int,
+    height: int,
+    tile_size: int | None = None,
+    capacity: int | None = None,
+    alpha_max: float = 0.99,
+) -> Composite:
+    """Blends splats into an image; float32, four features.
+
+    Raises:
+        ValueError: The kernel cannot run here (`obstacle`), or does not do what is asked for.
+    """
+    del capacity
+    if (reason := obstacle()) is not None:
+        raise ValueError(f'The rasterizer "cpu" cannot run: {reason}.')
+    if tile_size not in (None, TILE_SIZE):
+        raise ValueError(f'The rasterizer "cpu" has tile_size={TILE_SIZE}; got {tile_size}.')
+    n, num_features = screen.features.shape
+    dtype = screen.features.dtype
+    if dtype != jnp.float32 or num_features != _NUM_FEATURES:
+        raise ValueError(
+            f'The rasterizer "cpu" blends {_NUM_FEATURES} features in float32; got {num_features}'
+            f' in {dtype}. Use "tiled".'
+        )
+    if n == 0 or width == 0 or height == 0:
+        blended, alpha = jnp.zeros((height, width, num_features)), jnp.zeros((height, width))
+    else:
+        absolute = jnp.zeros((0, 2)) if screen.absolute is None else screen.absolute
+        blended, alpha = _blend(
+            _View(width, height, alpha_max),
+            _Gradients(screen.means2d, screen.factors, screen.opacities, screen.features, absolute),
+            jax.lax.stop_gradient(_Fixed(screen.depths, screen.extents, screen.visible)),
+        )
+    return Composite(blended, alpha, jnp.zeros((), jnp.int32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blend(view: _View, splats: _Gradients, fixed: _Fixed) -> tuple[Array, Array]:
+    return _blend_forward(view, splats, fixed)[0]
+
+
+def _blend_forward(view: _View, splats: _Gradients, fixed: _Fixed):
+    call = jax.ffi.ffi_call(
+        "gaussians_blend",
+        (
+            jax.ShapeDtypeStruct((view.height, view.width, _NUM_FEATURES), jnp.float32),
+            jax.ShapeDtypeStruct((view.height, view.width), jnp.float32),
+        ),
+        vmap_method="broadcast_all",
+    )
+    images = call(*splats[:-1], *fixed, alpha_max=np.float32(view.alpha_max))
+    return tuple(images), (splats, fixed, images)
+
+
+def _blend_backward(view: _View, residuals: tuple, cotangents: tuple[Array, Array]):
+    splats, fixed, images = residuals
+    call = jax.ffi.ffi_call(
+        "gaussians_unblend",
+        [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in splats],
+        vmap_method="broadcast_all",
+    )
+    gradients = call(
+        *splats[:-1], *fixed, *images, *cotangents, alpha_max=np.float32(view.alpha_max)
+    )
+    return _Gradients(*gradients), None
+
+
+_blend.defvjp(_blend_forward, _blend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project(size: tuple[int, int], *inputs: Array) -> Projection:
+    return _project_forward(size, *inputs)[0]
+
+
+def _project_forward(size: tuple[int, int], *inputs: Array):
+    n = inputs[0].shape[0]
+    shapes = {"means2d": (n, 2), "factors": (n, 3), "variances": (n, 2), "depths": (n,)}
+    shapes |= {"compensations": (n,), "visible": (n,)}
+    call = jax.ffi.ffi_call(
+        "gaussians_project",
+        [
+            jax.ShapeDtypeStruct(shape, bool if name == "visible" else jnp.float32)
+            for name, shape in shapes.items()
+        ],
+        vmap_method="broadcast_all",
+    )
+    outputs = call(*inputs, **_sides(size))
+    return Projection(**dict(zip(shapes, outputs, strict=True))), inputs
+
+
+def _project_backward(size: tuple[int, int], inputs: tuple[Array, ...], cotangent: Projection):
+    *differentiable, near, far = inputs
+    call = jax.ffi.ffi_call(
+        "gaussians_unproject",
+        [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in differentiable],
+        vmap_method="broadcast_all",
+    )
+    received = [leaf for name, leaf in cotangent._asdict().items() if name != "visible"]
+    gradients = call(*inputs, *received, **_sides(size))
+    return (*gradients, jnp.zeros_like(near), jnp.zeros_like(far))
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _sides(size: tuple[int, int]) -> dict[str, np.float32]:
+    return {"width": np.float32(size[0]), "height": np.float32(size[1])}
+
+
+def _float32(value) -> Array:
+    return jnp.asarray(value, jnp.float32)

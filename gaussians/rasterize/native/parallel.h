@@ -1,0 +1,43 @@
+// Loops over XLA's own threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace splats {
+
+// Calls body(task) for every task in [0, tasks), in any order. The calling thread takes part, so the
+// loop ends even when the pool is busy; a helper that comes too late finds no task and touches
+// nothing that may be gone by then.
+template <class Body>
+void ParallelFor(xla::ffi::ThreadPool& pool, int64_t tasks, const Body& body) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> finished{0};
+    std::mutex mutex;
+    std::condition_variable all_finished;
+  };
+  auto shared = std::make_shared<Shared>();
+  auto work = [shared, tasks, &body] {
+    for (int64_t task; (task = shared->next.fetch_add(1)) < tasks;) {
+      body(task);
+      if (shared->finished.fetch_add(1) + 1 == tasks) {
+        std::lock_guard<std::mutex> lock(shared->mutex);
+        shared->all_finished.notify_all();
+      }
+    }
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), tasks) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(work)(work));
+  work();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->all_finished.wait(lock, [&] { return shared->finished.load() >= tasks; });
+}
+
+}  // namespace splats
