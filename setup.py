@@ -1,10 +1,34 @@
 """Packaging of the two libraries; the experiment binaries run from a checkout."""
 
-from setuptools import find_packages, setup
+import importlib.util
+import pathlib
+
+from setuptools import Extension, find_packages, setup
+
+
+def native_extensions() -> list[Extension]:
+    """The CPU rasterizer. Without a C++ compiler the installation goes on without it."""
+    found = importlib.util.find_spec("jaxlib")
+    if found is None or found.origin is None:  # an installation without build isolation
+        return []
+    folder = "gaussians/rasterize/native"
+    return [
+        Extension(
+            "gaussians.rasterize._cpu",
+            sources=[f"{folder}/blend.cpp", f"{folder}/project.cpp"],
+            depends=[str(path) for path in pathlib.Path(folder).glob("*.[hi]*")],
+            include_dirs=[str(pathlib.Path(found.origin).parent / "include")],
+            extra_compile_args=["-std=c++17", "-O3", "-g0"],
+            language="c++",
+            optional=True,
+        )
+    ]
+
 
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
     "scikit-image>=0.24",
     "plyfile>=1.0",
     "gsply>=0.2",
@@ -23,7 +47,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["d4d_jax", "d4d_jax.*", "gaussians", "gaussians.*"]),
-    package_data={"d4d_jax": ["assets/*", "assets/clips/*", "assets/clips/*/*"]},
+    package_data={
+        "d4d_jax": ["assets/*", "assets/clips/*", "assets/clips/*/*"],
+        "gaussians.rasterize": ["native/*"],
+    },
+    ext_modules=native_extensions(),
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",

@@ -2,12 +2,12 @@
 
 Splats are listed per tile (`binning`), and XLA copies their numbers into rows, tile after tile and
 nearest first, each tile beginning at a multiple of `_CHUNK`. A program walks through its rows one
-chunk at a time, until they end or all of its pixels are opaque. The kernels thus read and write
-contiguous slices only; the gradients of the rows find their way back to the splats as the gradient
-of that copy, without atomics in a kernel.
+chunk at a time, until they end or all of its pixels are opaque. The kernels so read and write
+contiguous slices only, and what they write for rows reaches the splats as the transpose of that
+copy, without atomics in a kernel.
 
-The algebra is that of `tiled`, the loop over the splats of a chunk replaced by sums over an axis:
-with s the running sum of log(1 - alpha) before a splat, its transmittance is T exp(s).
+The algebra is that of `tiled`, with sums over a chunk in place of the loop over its splats: where
+s is the sum of log(1 - alpha) over the splats in front of one, its transmittance is T exp(s).
 """
 
 import functools
@@ -24,10 +24,16 @@ from jaxtyping import Array, Float, Int
 from gaussians.rasterize.binning import bin_splats, default_capacity, in_chunks
 from gaussians.rasterize.screen import ALPHA_MIN, TRANSMITTANCE_MIN, Composite, ScreenSplats
 
-_CHUNK = 16  # with 16 x 16 pixels and 8 warps, 16 registers of a thread for each array (k p)
+# A thread of the GPU holds one pixel, hence `_CHUNK` numbers of every array (k p).
+_CHUNK = 16
 _GEOMETRY = 6  # columns of a row before its features: x, y, p, s, r, opacity
-_TILE_SIZE = 16
-_TILE_SIZES = (4, 8, 16, 32)  # Triton wants powers of two; a matrix product at least 16 pixels
+_TILE_SIZE = 8
+_TILE_SIZES = (4, 8, 16)  # products need 16 pixels; 32 x 32 would not fit into registers
+
+
+def obstacle() -> str | None:
+    """Why the kernels would be interpreted here, or None."""
+    return None if jax.default_backend() == "gpu" else "JAX has no GPU here"
 
 
 class _Static(NamedTuple):
@@ -65,7 +71,7 @@ def composite(
     """Blends splats into an image; see `gaussians.rasterize.rasterize` for the arguments.
 
     Raises:
-        ValueError: When `tile_size` is none of 4, 8, 16 and 32.
+        ValueError: When `tile_size` is none of 4, 8 and 16.
     """
     tile = _TILE_SIZE if tile_size is None else tile_size
     if tile not in _TILE_SIZES:
@@ -76,7 +82,7 @@ def composite(
         blank = jnp.zeros((height, width, num_features), dtype)
         return Composite(blank, jnp.zeros((height, width), dtype), jnp.zeros((), jnp.int32))
     capacity = default_capacity(n, width, height, tile) if capacity is None else capacity
-    fixed = ScreenSplats(*(lax.stop_gradient(leaf) for leaf in screen))
+    fixed: ScreenSplats = lax.stop_gradient(screen)
     bins = bin_splats(fixed, width=width, height=height, tile_size=tile, capacity=capacity)
     chunks = in_chunks(bins, n, _CHUNK)
 
@@ -176,7 +182,11 @@ class _Chunk(NamedTuple):
 
 
 def _read_chunk(
-    static: _Static, basis: Any, rows: Any, chunk: Int[Array, ""], transmittance: Float[Array, "p"]
+    static: _Static,
+    basis: jax.Ref,
+    rows: jax.Ref,
+    chunk: Int[Array, ""],
+    transmittance: Float[Array, "p"],
 ) -> _Chunk:
     here = pl.ds(chunk * _CHUNK, _CHUNK)
     x, y, p, s, r, opacity, *features = (
@@ -187,14 +197,16 @@ def _read_chunk(
     peaks = opacity * jnp.exp(-0.5 * (p * u * u + r * dy * dy))
     alphas = jnp.minimum(peaks, static.alpha_max)
     alphas = jnp.where(alphas >= ALPHA_MIN, alphas, 0.0)
-    logs = jnp.log1p(-alphas)
+    # log1p would be no better than the factors 1 - alpha, and its branches cost registers.
+    passed = 1.0 - alphas
+    logs = jnp.log(passed)
     before = transmittance * jnp.exp(jnp.cumsum(logs, axis=0) - logs)
-    weights = jnp.where(before * (1.0 - alphas) >= TRANSMITTANCE_MIN, alphas * before, 0.0)
+    weights = jnp.where(before * passed >= TRANSMITTANCE_MIN, alphas * before, 0.0)
     after = transmittance * jnp.exp(jnp.sum(logs, axis=0))
     return _Chunk((p, s, r), u, dy, features, peaks, alphas, before, weights, after)
 
 
-def _walk(starts: Any, transmittance: Float[Array, "p"], state: Any, advance: Any) -> tuple:
+def _walk(starts: jax.Ref, transmittance: Float[Array, "p"], state: Any, advance: Any) -> tuple:
     """Repeats (T, state) = advance(chunk, T, state); the chunk where it stopped, and the state."""
     tile = pl.program_id(0)
     end = starts[tile + 1]
@@ -211,7 +223,9 @@ def _walk(starts: Any, transmittance: Float[Array, "p"], state: Any, advance: An
     return chunk, state
 
 
-def _forward(static: _Static, starts: Any, basis: Any, rows: Any, inside: Any, out: Any) -> None:
+def _forward(
+    static: _Static, starts: jax.Ref, basis: jax.Ref, rows: jax.Ref, inside: jax.Ref, out: jax.Ref
+) -> None:
     def advance(chunk: Array, transmittance: Array, blended: list) -> tuple:
         splats = _read_chunk(static, basis, rows, chunk, transmittance)
         weighted = [splats.weights * feature for feature in splats.features] + [splats.weights]
@@ -227,7 +241,7 @@ def _forward(static: _Static, starts: Any, basis: Any, rows: Any, inside: Any, o
 
 
 def _backward(
-    static: _Static, starts: Any, basis: Any, rows: Any, received: Any, out: Any
+    static: _Static, starts: jax.Ref, basis: jax.Ref, rows: jax.Ref, received: jax.Ref, out: jax.Ref
 ) -> None:
     """Writes rows of the moments of e = a dL/da, then the gradients of features and `absolute`."""
     tile = pl.program_id(0)

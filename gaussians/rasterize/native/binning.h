@@ -29,10 +29,11 @@ struct Image {
   }
 };
 
-// Splats by depth; and the lists of all tiles behind one another, that of tile t from starts[t] on.
+// The splats of the caller, in his order; invisible ones have no pairs and are not filled in. And the lists of all tiles behind one another, nearest first, that of tile t from starts[t] on.
 struct Bins {
-  int64_t num_splats = 0, num_pairs = 0;
+  int64_t num_pairs = 0;
   std::unique_ptr<Splat[]> splats;
+  std::unique_ptr<int32_t[]> first_pairs;  // of each splat, and the number of all pairs
   std::unique_ptr<Pair[]> pairs;
   std::unique_ptr<int64_t[]> starts;
 };
@@ -41,11 +42,16 @@ struct Bins {
 constexpr float kSlack = 1e-4f;
 
 // The pixels first .. last whose centres lie in [low, high], within an image of `size` pixels.
+// Rounding goes through integers, since without SSE 4.1 std::floor is a function call.
 struct Span {
   int first, last;
-  Span(float low, float high, int size)
-      : first(static_cast<int>(std::ceil(std::clamp(low - 0.5f, 0.0f, float(size))))),
-        last(static_cast<int>(std::floor(std::clamp(high - 0.5f, -1.0f, float(size - 1))))) {}
+  Span(float low, float high, int size) {
+    low = std::min(std::max(low - 0.5f, 0.0f), static_cast<float>(size));
+    high = std::min(std::max(high + 0.5f, 0.0f), static_cast<float>(size));
+    first = static_cast<int>(low);
+    first += first < low;
+    last = static_cast<int>(high) - 1;
+  }
   bool empty() const { return last < first; }
 };
 
@@ -77,8 +83,8 @@ void VisitTiles(const Image& image, const Splat& splat, float extent_x, float ex
   }
 }
 
-// Indices of the splats that may touch the image, by depth; equal depths keep their order.
-inline std::vector<uint32_t> DepthOrder(const Screen& screen, const Image& image) {
+// Indices of the visible splats by depth; equal depths keep their order.
+inline std::vector<uint32_t> DepthOrder(const Screen& screen) {
   struct Key {
     uint32_t depth, index;
   };
@@ -87,13 +93,7 @@ inline std::vector<uint32_t> DepthOrder(const Screen& screen, const Image& image
   keys.reserve(screen.n);
   std::vector<uint32_t> counts(kDigits * kValues, 0);
   for (int64_t i = 0; i < screen.n; ++i) {
-    const float x = screen.means2d[2 * i], y = screen.means2d[2 * i + 1];
-    const float reach_x = screen.extents[2 * i] * (1.0f + kSlack) + kSlack;
-    const float reach_y = screen.extents[2 * i + 1] * (1.0f + kSlack) + kSlack;
-    if (!screen.visible[i] || !(x + reach_x >= 0 && x - reach_x <= image.width) ||
-        !(y + reach_y >= 0 && y - reach_y <= image.height)) {
-      continue;
-    }
+    if (!screen.visible[i]) continue;
     uint32_t depth;  // the bits of non-negative floats order as integers
     std::memcpy(&depth, screen.depths + i, sizeof depth);
     keys.push_back({depth, static_cast<uint32_t>(i)});
@@ -115,28 +115,25 @@ inline std::vector<uint32_t> DepthOrder(const Screen& screen, const Image& image
 }
 
 inline Bins MakeBins(xla::ffi::ThreadPool& pool, const Screen& screen, const Image& image) {
-  const std::vector<uint32_t> order = DepthOrder(screen, image);
-  const int64_t n = order.size(), tiles = image.tiles();
+  const int64_t n = screen.n, tiles = image.tiles();
   const int columns = image.columns();
   Bins bins;
-  bins.num_splats = n;
   bins.splats = Uninitialized<Splat>(n);
-  bins.starts = Uninitialized<int64_t>(tiles + 1);
+  bins.first_pairs = Uninitialized<int32_t>(n + 1);
 
-  // A counting sort: parts of the splats list the tiles of their pairs and count them per tile, then
-  // place them behind those of the parts before. The parts do not depend on the number of threads.
-  const int64_t parts = std::clamp<int64_t>(n / 2048, 1, 16);
-  std::vector<int64_t> places(parts * tiles, 0);
+  // Parts of the splats find their tiles, while one task sorts all of them by depth.
+  const int64_t part_size = std::max<int64_t>(2048, n / 16);
+  const int64_t parts = (n + part_size - 1) / part_size;
   std::vector<std::vector<int32_t>> tiles_of(parts);
-  const auto first_of = [&](int64_t part) { return n * part / parts; };
-  ParallelFor(pool, parts, [&](int64_t part) {
-    int64_t* counts = places.data() + part * tiles;
+  std::vector<uint32_t> order;
+  const auto find_tiles = [&](int64_t part) {
     std::vector<int32_t>& touched = tiles_of[part];
-    touched.reserve(4 * (first_of(part + 1) - first_of(part)));
-    for (int64_t k = first_of(part); k < first_of(part + 1); ++k) {
-      const int64_t i = order[k];
+    touched.reserve(4 * part_size);
+    for (int64_t i = part * part_size; i < std::min(n, (part + 1) * part_size); ++i) {
+      bins.first_pairs[i] = touched.size();
+      if (!screen.visible[i]) continue;
+      Splat& splat = bins.splats[i];
       const float extent_x = screen.extents[2 * i], extent_y = screen.extents[2 * i + 1];
-      Splat& splat = bins.splats[k];
       splat.x = screen.means2d[2 * i];
       splat.y = screen.means2d[2 * i + 1];
       splat.p = screen.factors[3 * i];
@@ -145,42 +142,50 @@ inline Bins MakeBins(xla::ffi::ThreadPool& pool, const Screen& screen, const Ima
       splat.opacity = screen.opacities[i];
       std::memcpy(splat.features, screen.features + kFeatures * i, sizeof splat.features);
       splat.cut = -kHalfLog2E * splat.r * extent_y * extent_y * (1.0f + kSlack) - kSlack;
-      splat.index = static_cast<int32_t>(i);
-      splat.first_pair = touched.size();
       VisitTiles(image, splat, extent_x, extent_y, [&](int row, int first, int last) {
-        for (int tile = row * columns + first; tile <= row * columns + last; ++tile) {
-          touched.push_back(tile);
-          ++counts[tile];
+        for (int column = first; column <= last; ++column) {
+          touched.push_back(row * columns + column);
         }
       });
-      splat.num_pairs = touched.size() - splat.first_pair;
+    }
+  };
+  ParallelFor(pool, parts + 1, [&](int64_t task) {
+    if (task == 0) {
+      order = DepthOrder(screen);
+    } else {
+      find_tiles(task - 1);
     }
   });
+
+  // A counting sort by tile, which keeps the order by depth. The parts' lists become one.
+  std::vector<int64_t> places(tiles, 0);
   int64_t total = 0;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    bins.starts[tile] = total;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t count = places[part * tiles + tile];
-      places[part * tiles + tile] = total;
-      total += count;
+  for (const std::vector<int32_t>& touched : tiles_of) total += touched.size();
+  const auto tile_of = Uninitialized<int32_t>(total);
+  bins.num_pairs = total;
+  total = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t i = part * part_size; i < std::min(n, (part + 1) * part_size); ++i) {
+      bins.first_pairs[i] += total;
+    }
+    for (int32_t tile : tiles_of[part]) {
+      tile_of[total++] = tile;
+      ++places[tile];
     }
   }
-  bins.starts[tiles] = bins.num_pairs = total;
+  bins.first_pairs[n] = total;
+  bins.starts = Uninitialized<int64_t>(tiles + 1);
+  bins.starts[0] = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    bins.starts[tile + 1] = bins.starts[tile] + places[tile];
+    places[tile] = bins.starts[tile];
+  }
   bins.pairs = Uninitialized<Pair>(total);
-  ParallelFor(pool, parts, [&](int64_t part) {
-    int64_t* place = places.data() + part * tiles;
-    int64_t before = 0;
-    for (int64_t other = 0; other < part; ++other) before += tiles_of[other].size();
-    const int32_t* tile = tiles_of[part].data();
-    for (int64_t k = first_of(part); k < first_of(part + 1); ++k) {
-      Splat& splat = bins.splats[k];
-      splat.first_pair += before;
-      for (int64_t i = 0; i < splat.num_pairs; ++i) {
-        bins.pairs[place[*tile++]++] = {static_cast<int32_t>(k),
-                                        static_cast<int32_t>(splat.first_pair + i)};
-      }
+  for (uint32_t i : order) {
+    for (int32_t pair = bins.first_pairs[i]; pair < bins.first_pairs[i + 1]; ++pair) {
+      bins.pairs[places[tile_of[pair]]++] = {static_cast<int32_t>(i), pair};
     }
-  });
+  }
   return bins;
 }
 

@@ -206,9 +206,6 @@ ffi::Error Unblend(ffi::ThreadPool pool, Floats means2d, Floats factors, Floats 
   const int64_t n = batch.n, pixels = static_cast<int64_t>(image.width) * image.height;
   const bool absolute = to_absolute->element_count() > 0;
   const auto unblend = absolute ? Kernels().unblend_absolute : Kernels().unblend;
-  for (auto* result : {&to_means2d, &to_factors, &to_opacities, &to_features, &to_absolute}) {
-    std::fill_n((*result)->typed_data(), (*result)->element_count(), 0.0f);
-  }
   for (int64_t b = 0; b < batch.size; ++b) {
     const Bins bins = MakeBins(pool, batch.screen(b), image);
     const auto gradients = Uninitialized<Gradient>(bins.num_pairs);
@@ -225,17 +222,15 @@ ffi::Error Unblend(ffi::ThreadPool pool, Floats means2d, Floats factors, Floats 
               cotangent, gradients.get());
     });
     constexpr int64_t kSplatsPerTask = 1024;
-    ParallelFor(pool, (bins.num_splats + kSplatsPerTask - 1) / kSplatsPerTask, [&](int64_t task) {
-      const int64_t end = std::min(bins.num_splats, (task + 1) * kSplatsPerTask);
-      for (int64_t k = task * kSplatsPerTask; k < end; ++k) {
-        const Splat& splat = bins.splats[k];
+    ParallelFor(pool, (n + kSplatsPerTask - 1) / kSplatsPerTask, [&](int64_t task) {
+      for (int64_t i = task * kSplatsPerTask; i < std::min(n, (task + 1) * kSplatsPerTask); ++i) {
         float sum[kGradientFloats] = {};
-        for (int64_t pair = 0; pair < splat.num_pairs; ++pair) {
+        for (int32_t pair = bins.first_pairs[i]; pair < bins.first_pairs[i + 1]; ++pair) {
           float terms[kGradientFloats];
-          std::memcpy(terms, &gradients[splat.first_pair + pair], sizeof terms);
+          std::memcpy(terms, &gradients[pair], sizeof terms);
           for (int j = 0; j < kGradientFloats; ++j) sum[j] += terms[j];
         }
-        const int64_t row = b * n + splat.index;
+        const int64_t row = b * n + i;
         std::copy_n(sum, 2, to_means2d->typed_data() + 2 * row);
         std::copy_n(sum + 2, 3, to_factors->typed_data() + 3 * row);
         to_opacities->typed_data()[row] = sum[5];

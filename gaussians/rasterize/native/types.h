@@ -15,19 +15,16 @@ constexpr float kAlphaMin = 1.0f / 255.0f;
 constexpr float kTransmittanceMin = 1e-4f;
 
 // One splat on the screen, a cache line. `p`, `s`, `r` are the factors of its inverse covariance.
-struct Splat {
+struct alignas(64) Splat {
   float x, y;
   float p, s, r;
   float opacity;
   float features[kFeatures];
   float cut;        // log2(alpha / opacity) at the edge of the support, and a little less
-  int32_t index;    // among the splats of the caller
-  int64_t first_pair;
-  int64_t num_pairs;
 };
 
 // A splat in the list of a tile. Pairs are numbered splat by splat, so that the gradients of one
-// splat lie side by side whatever the order in which tiles are worked on.
+// splat lie side by side whatever the order in which the tiles are worked on.
 struct Pair {
   int32_t splat;
   int32_t pair;
