@@ -103,7 +103,7 @@ def test_peers_that_cannot_run_are_left_out(monkeypatch):
     monkeypatch.setitem(peers.PEERS, "absent", absent)
     cell = rasterizer.run(["absent"], "ball", 10, 16, repeats=1, seconds=0)
     assert cell.rows == [] and cell.failures == {
-        "absent": "ModuleNotFoundError: No module named 'absent'"
+        "absent": "ModuleNotFoundError: No module named 'absent'."
     }
 
 

@@ -1,4 +1,4 @@
-"""gaussians.rasterize: both implementations against oracles that share no code with them."""
+"""gaussians.rasterize: the definition, gsplat's golden values, edge cases and bad calls."""
 
 import functools
 import pathlib
@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from splat_oracle import IMPLEMENTATIONS
 
-from gaussians.rasterize import Probe, binning, chosen, rasterize
-from gaussians.rasterize.screen import ScreenSplats
+from gaussians import rasterize as package
+from gaussians.projection import project
+from gaussians.rasterize import Probe, available, binning, chosen, cpu, rasterize
 from gaussians.types import Camera, Splats
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "rasterizer_gsplat.npz"
-IMPLEMENTATIONS = ("reference", "tiled")
 WIDTH, HEIGHT, N = 41, 27, 48  # neither side is a multiple of the tile
 BACKGROUND = np.array([0.2, 0.5, 0.8], np.float32)
 CAPACITY = 1024
@@ -205,13 +206,6 @@ def test_gradients_agree_with_float64(base, exact, implementation):
         assert relative(gradient, exact[1][name]) < 1e-4, name
 
 
-def test_offset_gradient_sums_to_the_principal_point(exact):
-    """Moving every centre by a pixel is moving the principal point; cx also shifts the clamp."""
-    grads = exact[1]
-    np.testing.assert_allclose(grads["offset"].sum(0)[1], grads["intrinsics"][1, 2], rtol=2e-2)
-    assert np.linalg.norm(grads["offset"]) > 0.1
-
-
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_useless_splats_change_nothing_and_get_no_gradient(base, implementation):
     scene, intrinsics, active, offset, cotangents = base
@@ -267,45 +261,8 @@ def test_clamped_alpha_has_no_gradient(base, implementation):
     assert np.abs(grads["sh"][20]).max() > 0.0
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_order_of_the_splats_does_not_matter(base, implementation):
-    scene, intrinsics, active, *_ = base
-    shuffle = np.random.default_rng(1).permutation(N)
-    shuffled = {n: v[shuffle] if len(v) == N else v for n, v in scene.items()}
-    a = render(scene, intrinsics, active, implementation=implementation)
-    b = render(shuffled, intrinsics, active[shuffle], implementation=implementation)
-    np.testing.assert_allclose(a.rgb, b.rgb, atol=1e-6)
-    np.testing.assert_allclose(a.radii[shuffle], b.radii, rtol=1e-6)
-
-
-def test_joint_rigid_motion_of_splats_and_camera_does_not_matter(base):
-    scene, intrinsics, active, *_ = base
-    scene = scene | {"sh": scene["sh"] * (np.arange(16) < 1)[:, None]}
-    half = 0.4
-    axis = np.array([0.6, 0.0, 0.8])
-    cross = np.array([[0, -0.8, 0], [0.8, 0, -0.6], [0, 0.6, 0]])
-    turn = np.eye(3) + np.sin(2 * half) * cross + (1 - np.cos(2 * half)) * cross @ cross
-    shift = np.array([0.3, -1.0, 2.0])
-    w, v = scene["quaternions"][:, :1], scene["quaternions"][:, 1:]
-    c, u = np.cos(half), np.sin(half) * axis
-    turned = np.concatenate([c * w - v @ u[:, None], c * v + w * u + np.cross(u, v)], axis=-1)
-    motion = np.eye(4)
-    motion[:3, :3], motion[:3, 3] = turn, shift
-    moved = scene | {
-        "means": (scene["means"] @ turn.T + shift).astype(np.float32),
-        "quaternions": turned.astype(np.float32),
-        "world_to_camera": (scene["world_to_camera"] @ np.linalg.inv(motion)).astype(np.float32),
-    }
-    a = render(scene, intrinsics, active, implementation="tiled")
-    b = render(moved, intrinsics, active, implementation="tiled")
-    np.testing.assert_allclose(a.rgb, b.rgb, atol=2e-4)
-    np.testing.assert_allclose(a.depth, b.depth, atol=4e-4)
-
-
-def covered_tiles(got, scene, intrinsics, active) -> int:
-    """Pairs of tiles and boxes, counted in numpy from the radii's definition."""
-    from gaussians.projection import project
-
+def covered_tiles(scene, intrinsics, active) -> int:
+    """Pairs of 8 x 8 tiles and boxes, counted in numpy from the definition of the support."""
     p = project(
         scene["means"],
         scene["log_scales"],
@@ -320,28 +277,26 @@ def covered_tiles(got, scene, intrinsics, active) -> int:
     for k in np.flatnonzero(active & np.asarray(p.visible) & (opacity >= 1 / 255)):
         centres = [np.arange(size) + 0.5 for size in (WIDTH, HEIGHT)]
         inside = [(c >= low[k, i]) & (c <= high[k, i]) for i, c in enumerate(centres)]
-        tiles = [len(np.unique(np.flatnonzero(hit) // binning.TILE)) for hit in inside]
+        tiles = [len(np.unique(np.flatnonzero(hit) // 8)) for hit in inside]
         pairs += tiles[0] * tiles[1]
     return pairs
 
 
-def test_overflow_is_counted_and_harmless(base):
+@pytest.mark.parametrize("implementation", ["tiled", "pallas"])
+def test_overflow_is_counted_and_harmless(base, implementation):
     scene, intrinsics, active, *_ = base
-    full = render(scene, intrinsics, active, implementation="tiled")
-    pairs = covered_tiles(full, scene, intrinsics, active)
+    full = render(scene, intrinsics, active, implementation=implementation)
+    pairs = covered_tiles(scene, intrinsics, active)
     assert 100 < pairs < CAPACITY
     assert full.overflow == 0
-    short = render(scene, intrinsics, active, implementation="tiled", capacity=pairs - 7)
+    short = render(scene, intrinsics, active, implementation=implementation, capacity=pairs - 7)
     assert short.overflow == 7
     assert np.isfinite(short.rgb).all() and np.asarray(short.alpha).max() <= 1.0
     assert np.abs(short.rgb - full.rgb).max() > 0.0
 
 
-def orbiting(base, n=3) -> Camera:
-    scene, intrinsics, *_ = base
-    poses = np.tile(scene["world_to_camera"], (n, 1, 1))
-    poses[:, 0, 3] += np.linspace(-0.2, 0.3, n, dtype=np.float32)
-    return Camera(poses, np.tile(intrinsics, (n, 1, 1)), WIDTH, HEIGHT)
+def camera_of(base) -> Camera:
+    return Camera(base[0]["world_to_camera"], base[1], WIDTH, HEIGHT)
 
 
 def splats_of(base) -> Splats:
@@ -352,46 +307,16 @@ def splats_of(base) -> Splats:
     return Splats(**parameters, active=jnp.asarray(active))
 
 
-def test_vmap_over_cameras_is_the_loop(base):
-    splats, cameras, cotangent = splats_of(base), orbiting(base), base[4]["rgb"]
-
-    def loss(parameters, camera):
-        moved = splats.with_parameters(parameters)
-        got = rasterize(moved, camera, BACKGROUND, implementation="tiled", capacity=CAPACITY)
-        return (got.rgb * cotangent).sum() + got.depth.sum(), got
-
-    def total(parameters):
-        losses, got = jax.vmap(loss, in_axes=(None, 0))(parameters, cameras)
-        return losses.sum(), got
-
-    step = jax.value_and_grad(loss, has_aux=True)
-    each = jax.jit(jax.vmap(step, in_axes=(None, 0)))
-    (_, views), grads = each(splats.parameters, cameras)
-    (_, same_views), summed = jax.jit(jax.value_and_grad(total, has_aux=True))(splats.parameters)
-    one = jax.jit(step)
-    for i in range(len(cameras)):
-        (_, view), grad = one(splats.parameters, cameras[i])
-        for several in (views, same_views):
-            np.testing.assert_allclose(several.rgb[i], view.rgb, atol=1e-5)
-            np.testing.assert_allclose(several.depth[i], view.depth, atol=2e-5)
-            np.testing.assert_array_equal(several.overflow[i], view.overflow)
-        for name in grad:
-            assert relative(grads[name][i], grad[name]) < 1e-4, name
-    for name in summed:
-        assert relative(summed[name], grads[name].sum(0)) < 1e-4, name
-
-
 def test_runs_without_jit(base):
     scene, intrinsics, active, *_ = base
-    camera = Camera(scene["world_to_camera"], intrinsics, WIDTH, HEIGHT)
-    eager = rasterize(splats_of(base), camera, BACKGROUND, capacity=CAPACITY)
+    eager = rasterize(splats_of(base), camera_of(base), BACKGROUND, capacity=CAPACITY)
     jitted = render(scene, intrinsics, active, implementation="tiled")
     np.testing.assert_allclose(eager.rgb, jitted.rgb, atol=1e-5)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (72, 9)])
 def test_other_image_sizes(base, width, height):
-    splats, camera = splats_of(base), orbiting(base)[1]
+    splats, camera = splats_of(base), camera_of(base)
     camera = Camera(camera.world_to_camera, camera.intrinsics, width, height)
     images = [
         jax.jit(lambda s, c=camera, i=name: rasterize(s, c, BACKGROUND, implementation=i).rgb)(
@@ -400,71 +325,83 @@ def test_other_image_sizes(base, width, height):
         for name in IMPLEMENTATIONS
     ]
     assert images[0].shape == (height, width, 3)
-    np.testing.assert_allclose(images[0], images[1], atol=1e-5)
+    for image in images[1:]:
+        np.testing.assert_allclose(image, images[0], atol=1e-5)
 
 
-def test_depth_order_is_exact_and_stable():
-    rng = np.random.default_rng(0)
-    for n in (1, 300, 70_000):
-        depths = rng.uniform(0.2, 9.0, n).astype(np.float32)
-        depths[::3] = depths[0]
-        if n > 2:
-            depths[1] = np.nextafter(depths[0], np.float32(0))
-        visible = rng.uniform(size=n) < 0.9
-        order = np.asarray(jax.jit(binning.depth_order)(depths, visible))
-        expected = np.argsort(np.where(visible, depths, np.inf), kind="stable")
-        np.testing.assert_array_equal(order, expected)
+def test_splats_that_are_not_finite_are_counted(base):
+    splats, camera = splats_of(base), camera_of(base)
+    bad = splats.with_parameters({"means": splats.means.at[jnp.array([3, 10])].set(jnp.nan)})
+    got = jax.jit(lambda s: rasterize(s, camera, BACKGROUND))(bad)
+    assert got.invalid == 1  # slot 10 is not active
+    assert np.isfinite(got.rgb).all() and got.radii[3] == 0
 
 
-def test_more_tiles_and_splats_than_a_packed_key_holds():
-    """An image whose tile and rank need over 32 bits has its list sorted another way."""
-    n, side = 33_000, 2048  # 16 bits of ranks, 17 of tiles
-    rng = np.random.default_rng(0)
-    centres = rng.uniform(0, side, (n, 2)).astype(np.float32)
-    depths = rng.uniform(1, 2, n).astype(np.float32)
-    screen = ScreenSplats(
-        means2d=jnp.asarray(centres),
-        factors=jnp.ones((n, 3)),
-        opacities=jnp.ones(n),
-        features=jnp.ones((n, 4)),
-        depths=jnp.asarray(depths),
-        extents=jnp.full((n, 2), 5.0),
-        visible=jnp.ones(n, bool),
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_tile_size_changes_nothing(base, implementation):
+    splats, camera = splats_of(base), camera_of(base)
+
+    def image(tile_size):
+        options = {"implementation": implementation, "tile_size": tile_size, "capacity": CAPACITY}
+        return jax.jit(lambda s: rasterize(s, camera, BACKGROUND, **options).rgb)(splats)
+
+    if implementation == "cpu":
+        with pytest.raises(ValueError, match='"cpu" has tile_size=8; got 16'):
+            image(16)
+    else:
+        np.testing.assert_allclose(image(16), image(None), atol=1e-6)
+
+
+def test_chosen(monkeypatch):
+    assert chosen() == chosen(("cpu", "tiled")) == available()[-1]
+    assert chosen(dtype=jnp.float64) == "tiled"
+    assert chosen("reference") == "reference"
+    assert chosen(("pallas", "reference", "tiled")) == "reference"  # there is no GPU in the tests
+    without = package._IMPLEMENTATIONS["cpu"]._replace(obstacle=lambda dtype: "no compiler")
+    monkeypatch.setitem(package._IMPLEMENTATIONS, "cpu", without)
+    assert chosen() == "tiled" and "cpu" not in available()
+    with pytest.raises(
+        ValueError, match=r"None of .* runs here \(cpu: no compiler; pallas: JAX has"
+    ):
+        chosen(("cpu", "pallas"))
+
+
+def test_bad_calls_are_answered_in_a_sentence(base, monkeypatch):
+    splats, camera = splats_of(base), camera_of(base)
+    with pytest.raises(ValueError, match="no rasterizer 'fast'; choose one of cpu, pallas, ref"):
+        rasterize(splats, camera, BACKGROUND, implementation="fast")
+    for wrong, sentence in [
+        ({"capacity": 0}, "capacity 0 leaves no room"),
+        ({"alpha_max": 1.5}, "alpha_max must lie between 0 and 1; got 1.5"),
+        ({"tile_size": 7}, "tile_size must be an even number of pixels; got 7"),
+        ({"sh_degree": 4}, "Degree 4 was asked for"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            rasterize(splats, camera, BACKGROUND, **wrong)
+    three, two = (
+        jax.tree.map(lambda leaf, n=n: jnp.tile(leaf, (n,) + (1,) * leaf.ndim), splats)
+        for n in (3, 2)
     )
-    run = functools.partial(binning.bin_splats, width=side, height=side, capacity=9 * n)
-    bins = jax.jit(run)(screen)
-    starts, splats = np.asarray(bins.starts), np.asarray(bins.splats)
-    columns = side // binning.TILE
-    assert bins.overflow == 0 and starts[0] == 0
-    for tile in np.flatnonzero(np.diff(starts))[::500]:
-        listed = splats[starts[tile] : starts[tile + 1]]
-        low = np.array([tile % columns, tile // columns]) * binning.TILE
-        distance = np.abs(centres - low - binning.TILE / 2).max(axis=-1)
-        surely, perhaps = distance < 8.49, distance < 9.02  # a pixel centre within 5, or nearly
-        assert set(np.flatnonzero(surely)) <= set(listed) <= set(np.flatnonzero(perhaps))
-        assert np.all(np.diff(depths[listed]) >= 0)
+    poses, intrinsics = (
+        np.tile(leaf, (2, 1, 1)) for leaf in (camera.world_to_camera, camera.intrinsics)
+    )
+    cameras = Camera(poses, intrinsics, WIDTH, HEIGHT)
+    assert rasterize(two, cameras, BACKGROUND, capacity=CAPACITY).rgb.shape[0] == 2
+    with pytest.raises(ValueError, match=r"splats \(3,\), cameras \(2,\), .* do not broadcast"):
+        rasterize(three, cameras, BACKGROUND)
+    monkeypatch.setattr(cpu, "obstacle", lambda dtype: "no compiler")
+    with pytest.raises(ValueError, match='"cpu" cannot run: no compiler'):
+        rasterize(splats, camera, BACKGROUND, implementation="cpu")
 
 
-def test_default_capacity_is_bounded_by_all_pairs():
-    assert binning.default_capacity(2, 16, 16) == 8
-    assert binning.default_capacity(1, 8, 8) == 1
-    assert binning.default_capacity(10_000, 256, 256) >= 80_000
-
-
-def test_chosen():
-    assert chosen() == "tiled" and chosen("reference") == "reference"
-
-
-def test_bad_calls_are_answered_in_a_sentence(base):
-    splats, cameras = splats_of(base), orbiting(base)
-    with pytest.raises(ValueError, match="no rasterizer 'fast'; choose one of reference, tiled"):
-        rasterize(splats, cameras[0], BACKGROUND, implementation="fast")
-    with pytest.raises(ValueError, match=r"shape \(3, 4, 4\); map over the cameras"):
-        rasterize(splats, cameras, BACKGROUND)
-    with pytest.raises(ValueError, match="capacity 0 leaves no room"):
-        rasterize(splats, cameras[0], BACKGROUND, capacity=0)
-    with pytest.raises(ValueError, match="Degree 4 was asked for"):
-        rasterize(splats, cameras[0], BACKGROUND, sh_degree=4)
-    batch = jax.tree.map(lambda leaf: leaf[None], splats)
-    with pytest.raises(ValueError, match="map over the sets"):
-        rasterize(batch, cameras[0], BACKGROUND)
+def test_float64_is_left_to_those_that_have_it(base):
+    with jax.enable_x64(True):
+        splats = jax.tree.map(
+            lambda leaf: leaf if leaf.dtype == bool else jnp.asarray(leaf, jnp.float64),
+            splats_of(base),
+        )
+        camera = camera_of(base)
+        assert rasterize(splats, camera, BACKGROUND, capacity=CAPACITY).rgb.dtype == jnp.float64
+        if "cpu" in available():
+            with pytest.raises(ValueError, match="blends float32, not float64"):
+                rasterize(splats, camera, BACKGROUND, implementation="cpu")

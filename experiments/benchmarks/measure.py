@@ -94,6 +94,13 @@ def threads() -> int:
     return len(usable(0)) if usable else os.cpu_count() or 1
 
 
+def free_memory() -> float:
+    """Bytes of the host's memory that nobody uses; infinity where that is unknown."""
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return math.inf
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def machine() -> str:
     """Processor, accelerator, threads, version of jax, date: what figures depend on."""
     device = jax.devices()[0]

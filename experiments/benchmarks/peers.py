@@ -126,8 +126,7 @@ def gsplat_torch(scene: Scene) -> Candidate:
         radii, means2d, depths, conics, _ = (x if x is None else x[0].numpy() for x in project())
         opacities = torch.sigmoid(leaves[3]).numpy()
     splats, pixels = map(torch.tensor, _pairs(means2d, conics, opacities, depths, radii, size))
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if len(splats) * _BYTES_PER_PAIR > available:
+    if len(splats) * _BYTES_PER_PAIR > measure.free_memory():
         raise MemoryError(f"{len(splats) / 1e6:.0f} million (splat, pixel) pairs do not fit")
     images = torch.zeros_like(pixels)
     sys.modules["nerfacc"] = _nerfacc(pixels)

@@ -81,7 +81,7 @@ def run(
         except Exception as error:
             if name not in PEERS:
                 raise
-            failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            failures[name] = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}."
         else:
             candidates[name] = candidate
     calls = {
@@ -90,18 +90,17 @@ def run(
         for name, candidate in candidates.items()
     }
     times = measure.in_turn(calls, repeats=repeats, seconds=seconds)
-    rows = [
-        {
-            "implementation": name,
-            "n": n,
-            "size": size,
+    rows = []
+    for name in candidates:
+        compile_s, peak_mb = compile_and_peak[name]
+        figures = {
             "forward_ms": times[name, "forward"],
             "forward_backward_ms": times[name, "forward_backward"],
-            "peak_mb": compile_and_peak[name][1],
-            "compile_s": compile_and_peak[name][0],
+            "peak_mb": peak_mb,
+            "compile_s": compile_s,
         }
-        for name in candidates
-    ]
+        rounded = {key: value and round(value, 4) for key, value in figures.items()}
+        rows.append({"implementation": name, "n": n, "size": size, **rounded})
     return Cell(rows, differences, failures)
 
 

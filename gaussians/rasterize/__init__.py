@@ -17,7 +17,7 @@ alpha >= 1/255, alpha at most `alpha_max`, a pixel stops before its transmittanc
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from d4d_jax import pytree
 from d4d_jax.typing import AnyArray
 from gaussians import sh as spherical_harmonics
 from gaussians.projection import BLUR, NEAR, Projection, project
-from gaussians.rasterize import cpu, reference, tiled
+from gaussians.rasterize import cpu, pallas, reference, tiled
 from gaussians.rasterize.screen import ALPHA_MIN, Composite, CompositeFn, ScreenSplats
 from gaussians.types import Camera, Splats
 
@@ -45,8 +45,8 @@ __all__ = [
 ]
 
 
-def _everywhere() -> None:
-    """No reason against it."""
+def _none(dtype: Any) -> None:
+    """No obstacle anywhere."""
 
 
 class _Implementation(NamedTuple):
@@ -54,18 +54,19 @@ class _Implementation(NamedTuple):
 
     composite: Blends what is on the screen.
     project: Brings splats there, see `gaussians.projection.project`.
-    obstacle: Why it cannot run natively here, or None.
+    obstacle: Of a dtype: why it cannot run natively here on such arrays, or None.
     """
 
     composite: CompositeFn
     project: Callable[..., Projection] = project
-    obstacle: Callable[[], str | None] = _everywhere
+    obstacle: Callable[[Any], str | None] = _none
 
 
 _IMPLEMENTATIONS: dict[str, _Implementation] = {
     "reference": _Implementation(reference.composite),
     "tiled": _Implementation(tiled.composite),
     "cpu": _Implementation(cpu.composite, cpu.project, cpu.obstacle),
+    "pallas": _Implementation(pallas.composite, obstacle=pallas.obstacle),
 }
 #: What `implementation=None` tries, in this order.
 _PREFERRED = ("cpu", "tiled")
@@ -125,15 +126,18 @@ class Probe:
 
 def available() -> tuple[str, ...]:
     """The names of the implementations that run natively on this platform."""
-    return tuple(name for name, entry in _IMPLEMENTATIONS.items() if entry.obstacle() is None)
+    return tuple(
+        name for name, entry in _IMPLEMENTATIONS.items() if entry.obstacle(jnp.float32) is None
+    )
 
 
-def chosen(implementation: str | Sequence[str] | None = None) -> str:
+def chosen(implementation: str | Sequence[str] | None = None, dtype: Any = jnp.float32) -> str:
     """The name of the implementation that `rasterize` runs on this platform.
 
     Args:
         implementation: A name, taken as it is; names to try in order, of which the first one that
             runs natively here is taken; or None for the fastest here.
+        dtype: Of the splats.
 
     Raises:
         ValueError: When a name is unknown, or none of several runs here.
@@ -143,7 +147,7 @@ def chosen(implementation: str | Sequence[str] | None = None) -> str:
         return implementation
     obstacles = []
     for name in _PREFERRED if implementation is None else implementation:
-        obstacle = _known(name).obstacle()
+        obstacle = _known(name).obstacle(dtype)
         if obstacle is None:
             return name
         obstacles.append(f"{name}: {obstacle}")
@@ -192,7 +196,8 @@ def rasterize(
             0.99; many later implementations have 0.999.
         blur: Variance in px^2 added to each splat's footprint (`gaussians.projection.project`).
         implementation: A name of the table above, names to try in order, or None (see `chosen`).
-        tile_size: Side of the tiles in pixels; None takes what is fastest. `cpu` has 8 only.
+        tile_size: Side of the tiles in pixels; None takes what is fastest. `tiled` takes any even
+            number, `pallas` 4, 8 or 16, `cpu` 8 only.
         capacity: Most (splat, tile) pairs that `tiled` and `pallas` keep; None picks a size from
             the number of splats and pixels. Time and memory grow with it; a change compiles anew.
             `cpu` grows its list itself and never overflows.
@@ -202,7 +207,7 @@ def rasterize(
         ValueError: When the leading axes do not broadcast, the implementation is unknown or cannot
             run here, or a number is out of its range.
     """
-    implemented = _IMPLEMENTATIONS[chosen(implementation)]
+    implemented = _IMPLEMENTATIONS[chosen(implementation, jnp.result_type(splats.means))]
     _check(cameras, alpha_max, tile_size, capacity)
     composite = functools.partial(
         implemented.composite,
@@ -297,9 +302,9 @@ def _over_leading_axes(
     if not axes:
         return one(splats, cameras, background, probe)
 
-    def flat(leaf: Array, own: tuple[int, ...]) -> Array:
+    def flat(leaf: AnyArray, own: tuple[int, ...]) -> Array:
         if not own:
-            return leaf
+            return jnp.asarray(leaf)
         inner = np.shape(leaf)[len(own) :]
         return jnp.broadcast_to(leaf, (*axes, *inner)).reshape(-1, *inner)
 
@@ -314,7 +319,7 @@ def _colours(splats: Splats, camera: Camera, sh_degree: int | None) -> Float[Arr
     offsets = splats.means - camera.position
     squared = jnp.sum(offsets * offsets, axis=-1, keepdims=True)
     directions = offsets * lax.rsqrt(jnp.maximum(squared, 1e-20))
-    return spherical_harmonics.to_rgb(splats.sh, directions, sh_degree)
+    return jnp.asarray(spherical_harmonics.to_rgb(splats.sh, directions, sh_degree))
 
 
 def _extents(opacities: Float[Array, "n"], variances: Float[Array, "n 2"]) -> Float[Array, "n 2"]:
@@ -331,7 +336,7 @@ def _probed(screen: ScreenSplats, probe: Probe, width: int, height: int) -> Scre
 
 def _without_bad_numbers(splats: Splats) -> tuple[Splats, Bool[Array, "n"]]:
     """Zeros in place of slots that are unused or hold NaN or Inf, so that nothing spreads."""
-    usable = jnp.asarray(splats.active)
+    usable: Array = jnp.asarray(splats.active)
     for value in splats.parameters.values():
         usable &= jnp.all(jnp.isfinite(value), axis=tuple(range(1, value.ndim)))
 

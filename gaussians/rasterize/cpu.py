@@ -10,7 +10,7 @@ import functools
 import importlib.machinery
 import math
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,11 +59,18 @@ class _View(NamedTuple):
     alpha_max: float
 
 
-@functools.cache
-def obstacle() -> str | None:
-    """Why the kernel cannot run here, or None. Loads and registers it at the first call."""
+def obstacle(dtype: Any) -> str | None:
+    """Why the kernels cannot run here on arrays of this type, or None."""
     if jax.default_backend() != "cpu":
         return f"JAX runs on {jax.default_backend()}, not on cpu"
+    if dtype != jnp.float32:
+        return f"it blends float32, not {dtype}"
+    return _load()
+
+
+@functools.cache
+def _load() -> str | None:
+    """Registers the kernels with JAX; why that fails, or None."""
     folder = pathlib.Path(__file__).parent
     files = [folder / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     found = next((file for file in files if file.exists()), None)
@@ -75,9 +82,7 @@ def obstacle() -> str | None:
             capsule = jax.ffi.pycapsule(getattr(library, symbol))
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
     except Exception as error:  # a library of another platform or version: whatever it is, say it
-        return (
-            f"its C++ kernel {found.name} could not be loaded ({error}); install the package anew"
-        )
+        return f"its C++ kernel {found.name} does not load ({error}); install the package anew"
     return None
 
 
@@ -105,37 +110,35 @@ def composite(
     capacity: int | None = None,
     alpha_max: float = 0.99,
 ) -> Composite:
-    """Blends splats into an image; float32, four features.
+    """Blends splats into an image; four features.
 
     Raises:
         ValueError: The kernel cannot run here (`obstacle`), or does not do what is asked for.
     """
     del capacity
-    if (reason := obstacle()) is not None:
+    if (reason := obstacle(screen.features.dtype)) is not None:
         raise ValueError(f'The rasterizer "cpu" cannot run: {reason}.')
     if tile_size not in (None, TILE_SIZE):
         raise ValueError(f'The rasterizer "cpu" has tile_size={TILE_SIZE}; got {tile_size}.')
     n, num_features = screen.features.shape
-    dtype = screen.features.dtype
-    if dtype != jnp.float32 or num_features != _NUM_FEATURES:
-        raise ValueError(
-            f'The rasterizer "cpu" blends {_NUM_FEATURES} features in float32; got {num_features}'
-            f' in {dtype}. Use "tiled".'
-        )
+    if num_features != _NUM_FEATURES:
+        raise ValueError(f'"cpu" blends {_NUM_FEATURES} features, not {num_features}; use "tiled".')
     if n == 0 or width == 0 or height == 0:
         blended, alpha = jnp.zeros((height, width, num_features)), jnp.zeros((height, width))
     else:
         absolute = jnp.zeros((0, 2)) if screen.absolute is None else screen.absolute
-        blended, alpha = _blend(
+        images: Any = _blend(
             _View(width, height, alpha_max),
             _Gradients(screen.means2d, screen.factors, screen.opacities, screen.features, absolute),
             jax.lax.stop_gradient(_Fixed(screen.depths, screen.extents, screen.visible)),
         )
+        blended, alpha = images
     return Composite(blended, alpha, jnp.zeros((), jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blend(view: _View, splats: _Gradients, fixed: _Fixed) -> tuple[Array, Array]:
+def _blend(view: _View, splats: _Gradients, fixed: _Fixed) -> Any:
+    """Features (h w f) and alpha (h w)."""
     return _blend_forward(view, splats, fixed)[0]
 
 
@@ -148,8 +151,9 @@ def _blend_forward(view: _View, splats: _Gradients, fixed: _Fixed):
         ),
         vmap_method="broadcast_all",
     )
-    images = call(*splats[:-1], *fixed, alpha_max=np.float32(view.alpha_max))
-    return tuple(images), (splats, fixed, images)
+    blended, alpha = call(*splats[:-1], *fixed, alpha_max=np.float32(view.alpha_max))
+    images = (blended, alpha)
+    return images, (splats, fixed, images)
 
 
 def _blend_backward(view: _View, residuals: tuple, cotangents: tuple[Array, Array]):
@@ -189,7 +193,7 @@ def _project_forward(size: tuple[int, int], *inputs: Array):
     return Projection(**dict(zip(shapes, outputs, strict=True))), inputs
 
 
-def _project_backward(size: tuple[int, int], inputs: tuple[Array, ...], cotangent: Projection):
+def _project_backward(size: tuple[int, int], inputs: tuple, cotangent: Projection):
     *differentiable, near, far = inputs
     call = jax.ffi.ffi_call(
         "gaussians_unproject",

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from gaussians.rasterize.binning import bin_splats, default_capacity, in_chunks
@@ -31,8 +30,9 @@ _TILE_SIZE = 8
 _TILE_SIZES = (4, 8, 16)  # products need 16 pixels; 32 x 32 would not fit into registers
 
 
-def obstacle() -> str | None:
+def obstacle(dtype: Any) -> str | None:
     """Why the kernels would be interpreted here, or None."""
+    del dtype
     return None if jax.default_backend() == "gpu" else "JAX has no GPU here"
 
 
@@ -49,13 +49,8 @@ class _Static(NamedTuple):
         return self.tile * self.tile
 
     @property
-    def columns(self) -> int:
-        """Columns of a row's gradient before the padding to `padded`."""
-        return _GEOMETRY + self.features + 2 * self.absolute
-
-    @property
     def padded(self) -> int:
-        """A power of two with room for `columns`, and for the channels of `_backward`."""
+        """A power of two with room for a row, and for the channels of `_blend_backward`."""
         return max(16, 1 << (_GEOMETRY + self.features + 2).bit_length())
 
 
@@ -133,7 +128,7 @@ def _blend_backward(static: _Static, residuals: tuple, cotangent: Array):
     received = jnp.pad(received, ((0, 0), (_GEOMETRY, spare), (0, 0)))
     out = jax.ShapeDtypeStruct((len(rows), static.padded), rows.dtype)
     sums = _for_each_tile(static, _backward, out, starts, rows.T, received)
-    return _row_gradients(static, rows, sums), None, None
+    return _row_gradients(rows, sums), None, None
 
 
 _blend.defvjp(_blend_forward, _blend_backward)
@@ -143,6 +138,8 @@ def _for_each_tile(
     static: _Static, kernel: Any, out: jax.ShapeDtypeStruct, starts: Array, *operands: Array
 ) -> Array:
     """Runs `kernel(static, starts, basis, *operands, out)` once per tile; all see whole arrays."""
+    from jax.experimental.pallas import triton  # slow, and not part of every jaxlib
+
     call = functools.partial(
         pl.pallas_call,
         functools.partial(kernel, static),
@@ -284,7 +281,7 @@ def _over_pixels(values: Float[Array, "k p"], columns: Float[Array, "c p"]) -> F
 
 
 def _row_gradients(
-    static: _Static, rows: Float[Array, "m d"], sums: Float[Array, "m padded"]
+    rows: Float[Array, "m d"], sums: Float[Array, "m padded"]
 ) -> Float[Array, "m d"]:
     """Cotangent of the rows from what `_backward` wrote; arbitrary in chunks of no tile."""
     x, y, p, s, r, opacity = rows[:, :_GEOMETRY].T
@@ -304,4 +301,4 @@ def _row_gradients(
         -0.5 * dyy,
         m / jnp.maximum(opacity, ALPHA_MIN),
     ]
-    return jnp.concatenate([jnp.stack(geometry, -1), sums[:, _GEOMETRY : static.columns]], -1)
+    return jnp.concatenate([jnp.stack(geometry, -1), sums[:, _GEOMETRY : rows.shape[1]]], -1)

@@ -100,7 +100,7 @@ def composite(
         blank = jnp.zeros((height, width, num_features), screen.features.dtype)
         return Composite(blank, jnp.zeros((height, width), blank.dtype), jnp.zeros((), jnp.int32))
     capacity = default_capacity(n, width, height, tile_size) if capacity is None else capacity
-    fixed = ScreenSplats(*(lax.stop_gradient(leaf) for leaf in screen))
+    fixed: ScreenSplats = lax.stop_gradient(screen)
     bins = bin_splats(fixed, width=width, height=height, tile_size=tile_size, capacity=capacity)
     columns = [screen.means2d, screen.factors, screen.opacities[:, None], screen.features]
     if screen.absolute is not None:
@@ -178,7 +178,7 @@ def _pixel_offsets(grid: _Grid, dtype) -> tuple[np.ndarray, np.ndarray]:
 
 def _offsets(grid: _Grid, chunk: _Chunk) -> tuple[Float[Array, "k g p"], Float[Array, "k g p"]]:
     """u = dx + s dy and dy of the pixels from the splats' centres."""
-    x, y = _pixel_offsets(grid, chunk.x.dtype)
+    x, y = map(jnp.asarray, _pixel_offsets(grid, chunk.x.dtype))
     dy = y - chunk.y[..., None]
     return x - chunk.x[..., None] + chunk.factors[1][..., None] * dy, dy
 
