@@ -70,6 +70,7 @@ def project(
     log_scales: Float[AnyArray, "n 3"],
     quaternions: Float[AnyArray, "n 4"],
     camera: Camera,
+    active: Bool[AnyArray, "n"] | bool = True,
     *,
     blur: float | Float[AnyArray, ""] = BLUR,
     near: float | Float[AnyArray, ""] = NEAR,
@@ -80,6 +81,7 @@ def project(
     Args:
         means, log_scales, quaternions: As in `gaussians.types.Splats`.
         camera: One camera (no leading axes), skew 0; the principal point may lie anywhere.
+        active: Splats without it are invisible, whatever their numbers.
         blur: Added to both variances, px^2. It stands for the pixel's own extent at full
             resolution: to see in a w-pixel image what a W-pixel image shows, scale it by (w/W)^2.
         near: Splats with z at or below this are invisible.
@@ -98,6 +100,7 @@ def project(
         & jnp.all(jnp.abs(points) < _MAX_DISTANCE, axis=-1)
         & jnp.all(log_scales < _MAX_LOG_SCALE, axis=-1)
         & jnp.all(jnp.isfinite(quaternions), axis=-1)
+        & active
     )
     seen = visible[:, None]
     points = jnp.where(seen, points, jnp.array([0.0, 0.0, 1.0], means.dtype))

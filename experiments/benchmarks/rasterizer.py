@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.benchmarks import measure, scenes
 from experiments.benchmarks.peers import PEERS, Candidate, compiled
+from gaussians.asset import pair_capacity
 from gaussians.rasterize import chosen, rasterize
 from gaussians.types import Camera, Splats
 
@@ -151,14 +152,15 @@ def _draw(
     return rasterize(splats, camera, scene.background, implementation=name, capacity=capacity)
 
 
-def _capacity(name: str, scene: scenes.Scene) -> int | None:
-    """A capacity with which nothing is missing: the default one, or the next that suffices."""
-    capacity = None
+def _capacity(name: str, scene: scenes.Scene) -> int:
+    """The least power of two with which nothing is missing, as a driver finds it."""
+    capacity = pair_capacity(len(scene.splats))
     while True:
         missing = jax.jit(lambda *seen, c=capacity: _draw(name, scene, c, *seen).overflow)
-        if not int(missing(scene.splats, scene.camera)):
+        overflow = int(missing(scene.splats, scene.camera))
+        if not overflow:
             return capacity
-        capacity = 2 * capacity if capacity else 1 << (16 * len(scene.splats)).bit_length()
+        capacity = pair_capacity(capacity + overflow)
 
 
 def _difference(name: str, image: np.ndarray, expected: np.ndarray) -> float:

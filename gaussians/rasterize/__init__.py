@@ -219,17 +219,18 @@ def rasterize(
     )
 
     def one(splats: Splats, camera: Camera, background: Array, probe: Probe | None) -> Render:
-        clean, usable = _without_bad_numbers(splats)
+        usable = _usable(splats)
         projection = implemented.project(
-            clean.means,
-            clean.log_scales,
-            clean.quaternions,
+            splats.means,
+            splats.log_scales,
+            splats.quaternions,
             camera,
+            usable,
             blur=blur,
             near=near,
             far=far,
         )
-        opacities = jax.nn.sigmoid(clean.opacity_logits)
+        opacities = jax.nn.sigmoid(jnp.where(usable, splats.opacity_logits, 0.0))
         if antialiased:
             opacities = opacities * projection.compensations
         screen = ScreenSplats(
@@ -237,11 +238,11 @@ def rasterize(
             factors=projection.factors,
             opacities=opacities,
             features=jnp.concatenate(
-                [_colours(clean, camera, sh_degree), projection.depths[:, None]], axis=-1
+                [_colours(splats, usable, camera, sh_degree), projection.depths[:, None]], axis=-1
             ),
             depths=lax.stop_gradient(projection.depths),
             extents=_extents(opacities, projection.variances),
-            visible=projection.visible & usable & (opacities >= ALPHA_MIN),
+            visible=projection.visible & (opacities >= ALPHA_MIN),
         )
         if probe is not None:
             screen = _probed(screen, probe, camera.width, camera.height)
@@ -315,11 +316,14 @@ def _over_leading_axes(
     return jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[1:]), renders)
 
 
-def _colours(splats: Splats, camera: Camera, sh_degree: int | None) -> Float[Array, "n 3"]:
-    offsets = splats.means - camera.position
+def _colours(
+    splats: Splats, usable: Bool[Array, "n"], camera: Camera, sh_degree: int | None
+) -> Float[Array, "n 3"]:
+    offsets = jnp.where(usable[:, None], splats.means, 0.0) - camera.position
     squared = jnp.sum(offsets * offsets, axis=-1, keepdims=True)
     directions = offsets * lax.rsqrt(jnp.maximum(squared, 1e-20))
-    return jnp.asarray(spherical_harmonics.to_rgb(splats.sh, directions, sh_degree))
+    coefficients = jnp.where(usable[:, None, None], splats.sh, 0.0)
+    return jnp.asarray(spherical_harmonics.to_rgb(coefficients, directions, sh_degree))
 
 
 def _extents(opacities: Float[Array, "n"], variances: Float[Array, "n 2"]) -> Float[Array, "n 2"]:
@@ -334,17 +338,13 @@ def _probed(screen: ScreenSplats, probe: Probe, width: int, height: int) -> Scre
     return screen._replace(means2d=screen.means2d + probe.mean2d * half_size, absolute=absolute)
 
 
-def _without_bad_numbers(splats: Splats) -> tuple[Splats, Bool[Array, "n"]]:
-    """Zeros in place of slots that are unused or hold NaN or Inf, so that nothing spreads."""
+def _usable(splats: Splats) -> Bool[Array, "n"]:
+    """Slots in use whose numbers are finite; those of others must be masked before any arithmetic,
+    lest NaN values or gradients spread."""
     usable: Array = jnp.asarray(splats.active)
     for value in splats.parameters.values():
         usable &= jnp.all(jnp.isfinite(value), axis=tuple(range(1, value.ndim)))
-
-    def keep(value: Array) -> Array:
-        return jnp.where(usable.reshape(-1, *(1,) * (value.ndim - 1)), value, 0.0)
-
-    kept = {name: keep(value) for name, value in splats.parameters.items()}
-    return splats.with_parameters(kept), usable
+    return usable
 
 
 def _radii(screen: ScreenSplats, width: int, height: int) -> Float[Array, "n"]:

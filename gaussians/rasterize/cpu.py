@@ -91,14 +91,17 @@ def project(
     log_scales: Float[AnyArray, "n 3"],
     quaternions: Float[AnyArray, "n 4"],
     camera: Camera,
+    active: Bool[AnyArray, "n"] | bool = True,
     *,
     blur: float | Float[AnyArray, ""] = BLUR,
     near: float | Float[AnyArray, ""] = NEAR,
     far: float | Float[AnyArray, ""] = math.inf,
 ) -> Projection:
     """`gaussians.projection.project` in float32."""
-    arrays = (means, log_scales, quaternions, camera.world_to_camera, camera.intrinsics)
-    return _project((camera.width, camera.height), *map(_float32, (*arrays, blur, near, far)))
+    drawn = jnp.broadcast_to(active, means.shape[:1])
+    arrays = (means, log_scales, quaternions, camera.world_to_camera, camera.intrinsics, blur)
+    inputs = [jnp.asarray(value, jnp.float32) for value in (*arrays, near, far)]
+    return _project((camera.width, camera.height), drawn, *inputs)
 
 
 def composite(
@@ -173,12 +176,12 @@ _blend.defvjp(_blend_forward, _blend_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(size: tuple[int, int], *inputs: Array) -> Projection:
-    return _project_forward(size, *inputs)[0]
+def _project(size: tuple[int, int], active: Array, *inputs: Array) -> Projection:
+    return _project_forward(size, active, *inputs)[0]
 
 
-def _project_forward(size: tuple[int, int], *inputs: Array):
-    n = inputs[0].shape[0]
+def _project_forward(size: tuple[int, int], active: Array, *inputs: Array):
+    n = active.shape[0]
     shapes = {"means2d": (n, 2), "factors": (n, 3), "variances": (n, 2), "depths": (n,)}
     shapes |= {"compensations": (n,), "visible": (n,)}
     call = jax.ffi.ffi_call(
@@ -189,12 +192,12 @@ def _project_forward(size: tuple[int, int], *inputs: Array):
         ],
         vmap_method="broadcast_all",
     )
-    outputs = call(*inputs, **_sides(size))
-    return Projection(**dict(zip(shapes, outputs, strict=True))), inputs
+    outputs = call(active, *inputs, **_sides(size))
+    return Projection(**dict(zip(shapes, outputs, strict=True))), (active, *inputs)
 
 
 def _project_backward(size: tuple[int, int], inputs: tuple, cotangent: Projection):
-    *differentiable, near, far = inputs
+    *differentiable, near, far = inputs[1:]
     call = jax.ffi.ffi_call(
         "gaussians_unproject",
         [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in differentiable],
@@ -202,7 +205,7 @@ def _project_backward(size: tuple[int, int], inputs: tuple, cotangent: Projectio
     )
     received = [leaf for name, leaf in cotangent._asdict().items() if name != "visible"]
     gradients = call(*inputs, *received, **_sides(size))
-    return (*gradients, jnp.zeros_like(near), jnp.zeros_like(far))
+    return (None, *gradients, jnp.zeros_like(near), jnp.zeros_like(far))
 
 
 _project.defvjp(_project_forward, _project_backward)
@@ -210,7 +213,3 @@ _project.defvjp(_project_forward, _project_backward)
 
 def _sides(size: tuple[int, int]) -> dict[str, np.float32]:
     return {"width": np.float32(size[0]), "height": np.float32(size[1])}
-
-
-def _float32(value) -> Array:
-    return jnp.asarray(value, jnp.float32)

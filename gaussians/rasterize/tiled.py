@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gaussians.rasterize.binning import bin_splats, by_occupancy, default_capacity
 from gaussians.rasterize.screen import ALPHA_MIN, TRANSMITTANCE_MIN, Composite, ScreenSplats
 
-_CHUNK = 32
+_CHUNK = 16
 _GROUP = 32
 _GEOMETRY = 6  # columns of a splat row before its features: x, y, p, s, r, opacity
 _TILE_SIZE = 8

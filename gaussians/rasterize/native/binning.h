@@ -68,13 +68,14 @@ void VisitTiles(const Image& image, const Splat& splat, float extent_x, float ex
   if (pixels.empty()) return;
   // The ellipse is p (dx + s dy)^2 <= radius - r dy^2, and r extent_y^2 = radius.
   const float radius = r * extent_y * extent_y;
+  const float inverse_p = 1.0f / p;
   // d(dx)/d(dy) = 0 at dy = -+ s p extent_x / (p s^2 + r), with p s^2 + r = radius / variance_x.
   const float turning = s * p * extent_x / (p * s * s + r);
   for (int row = pixels.first / kTile; row <= pixels.last / kTile; ++row) {
     const float top = std::max(row * kTile, pixels.first) + 0.5f - y;
     const float bottom = std::min(row * kTile + kTile - 1, pixels.last) + 0.5f - y;
     const auto half_width = [&](float dy) {
-      return std::sqrt(std::max(radius - r * dy * dy, 0.0f) / p) * (1.0f + kSlack) + kSlack;
+      return std::sqrt(std::max(radius - r * dy * dy, 0.0f) * inverse_p) * (1.0f + kSlack) + kSlack;
     };
     const float right = std::clamp(-turning, top, bottom), left = std::clamp(turning, top, bottom);
     const Span reached(x - s * left - half_width(left), x - s * right + half_width(right),

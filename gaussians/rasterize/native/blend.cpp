@@ -112,29 +112,37 @@ void ForEachTile(ffi::ThreadPool& pool, int tiles, const Body& body) {
   });
 }
 
-// Copies a tile between [channel][pixel] and the image's features and alpha.
+// Copies a tile of the image's features and alpha to [channel][pixel], or back; what lies beyond the
+// border of the image is left alone.
 void Cut(const Image& image, const Tile& tile, const float* features, const float* alpha,
-         float* channels) {
-  std::fill(channels, channels + kChannels * kPixels, 0.0f);
+         float* __restrict channels) {
   for (int y = 0; y < tile.height; ++y) {
-    for (int x = 0; x < tile.width; ++x) {
-      const int64_t from = static_cast<int64_t>(tile.top + y) * image.width + tile.left + x;
-      float* to = channels + y * kTile + x;
-      for (int f = 0; f < kFeatures; ++f) to[f * kPixels] = features[from * kFeatures + f];
-      to[kFeatures * kPixels] = alpha[from];
+    const int64_t first = static_cast<int64_t>(tile.top + y) * image.width + tile.left;
+    const float* from = features + first * kFeatures;
+    float* to = channels + y * kTile;
+    if (tile.width == kTile) {  // the same loop, of a length that the compiler knows
+      for (int f = 0; f < kFeatures; ++f) {
+        for (int x = 0; x < kTile; ++x) to[f * kPixels + x] = from[x * kFeatures + f];
+      }
+    } else {
+      for (int f = 0; f < kFeatures; ++f) {
+        for (int x = 0; x < tile.width; ++x) to[f * kPixels + x] = from[x * kFeatures + f];
+      }
     }
+    std::copy_n(alpha + first, tile.width, to + kFeatures * kPixels);
   }
 }
 
-void Paste(const Image& image, const Tile& tile, const float* channels, float* features,
-           float* alpha) {
+void Paste(const Image& image, const Tile& tile, const float* channels,
+           float* __restrict features, float* alpha) {
   for (int y = 0; y < tile.height; ++y) {
+    const int64_t first = static_cast<int64_t>(tile.top + y) * image.width + tile.left;
+    const float* from = channels + y * kTile;
+    float* to = features + first * kFeatures;
     for (int x = 0; x < tile.width; ++x) {
-      const int64_t to = static_cast<int64_t>(tile.top + y) * image.width + tile.left + x;
-      const float* from = channels + y * kTile + x;
-      for (int f = 0; f < kFeatures; ++f) features[to * kFeatures + f] = from[f * kPixels];
-      alpha[to] = from[kFeatures * kPixels];
+      for (int f = 0; f < kFeatures; ++f) to[x * kFeatures + f] = from[f * kPixels + x];
     }
+    std::copy_n(from + kFeatures * kPixels, tile.width, alpha + first);
   }
 }
 
@@ -212,7 +220,7 @@ ffi::Error Unblend(ffi::ThreadPool pool, Floats means2d, Floats factors, Floats 
     ForEachTile(pool, image.tiles(), [&](int t) {
       const Tile tile = image.tile(t);
       const int64_t start = bins.starts[t], count = bins.starts[t + 1] - start;
-      alignas(64) float output[kChannels * kPixels], cotangent[kChannels * kPixels];
+      alignas(64) float output[kChannels * kPixels] = {}, cotangent[kChannels * kPixels] = {};
       const int64_t first = b * pixels;
       Cut(image, tile, blended.typed_data() + first * kFeatures, alpha.typed_data() + first,
           output);

@@ -21,13 +21,15 @@ constexpr int64_t kSplatsPerTask = 2048;
 // The inputs of both calls, and their leading axes flattened.
 struct Batch {
   int64_t size, n;
+  const bool* active;
   const float *means, *log_scales, *quaternions, *poses, *intrinsics, *blurs, *nears, *fars;
   float width, height;
 
-  Batch(Floats& means, Floats& log_scales, Floats& quaternions, Floats& pose, Floats& intrinsics,
+  Batch(ffi::Buffer<ffi::PRED>& active, Floats& means, Floats& log_scales, Floats& quaternions, Floats& pose, Floats& intrinsics,
         Floats& blur, Floats& near, Floats& far, float width, float height)
       : size(blur.element_count()),
-        n(means.dimensions()[means.dimensions().size() - 2]),
+        n(active.dimensions().back()),
+        active(active.typed_data()),
         means(means.typed_data()),
         log_scales(log_scales.typed_data()),
         quaternions(quaternions.typed_data()),
@@ -55,19 +57,20 @@ struct Batch {
   }
 };
 
-ffi::Error Project(ffi::ThreadPool pool, Floats means, Floats log_scales, Floats quaternions,
+ffi::Error Project(ffi::ThreadPool pool, ffi::Buffer<ffi::PRED> active, Floats means, Floats log_scales, Floats quaternions,
                    Floats pose, Floats intrinsics, Floats blur, Floats near, Floats far,
                    float width, float height, ffi::Result<Floats> means2d,
                    ffi::Result<Floats> factors, ffi::Result<Floats> variances,
                    ffi::Result<Floats> depths, ffi::Result<Floats> compensations,
                    ffi::Result<ffi::Buffer<ffi::PRED>> visible) {
-  const Batch batch(means, log_scales, quaternions, pose, intrinsics, blur, near, far, width,
+  const Batch batch(active, means, log_scales, quaternions, pose, intrinsics, blur, near, far, width,
                     height);
   batch.ForEachPart(pool, [&](int64_t b, int64_t, int64_t first, int64_t end) {
     const View view = batch.view(b);
     for (int64_t row = first; row < end; ++row) {
       Projector projector;
-      const bool seen = projector.Project(view, batch.means + 3 * row, batch.log_scales + 3 * row,
+      const bool seen = batch.active[row] &&
+                        projector.Project(view, batch.means + 3 * row, batch.log_scales + 3 * row,
                                           batch.quaternions + 4 * row);
       const Projected result = seen ? projector.Result(view) : Projected();
       std::copy_n(result.mean, 2, means2d->typed_data() + 2 * row);
@@ -81,14 +84,14 @@ ffi::Error Project(ffi::ThreadPool pool, Floats means, Floats log_scales, Floats
   return ffi::Error::Success();
 }
 
-ffi::Error Unproject(ffi::ThreadPool pool, Floats means, Floats log_scales, Floats quaternions,
+ffi::Error Unproject(ffi::ThreadPool pool, ffi::Buffer<ffi::PRED> active, Floats means, Floats log_scales, Floats quaternions,
                      Floats pose, Floats intrinsics, Floats blur, Floats near, Floats far,
                      Floats to_means2d, Floats to_factors, Floats to_variances, Floats to_depths,
                      Floats to_compensations, float width, float height,
                      ffi::Result<Floats> to_means, ffi::Result<Floats> to_log_scales,
                      ffi::Result<Floats> to_quaternions, ffi::Result<Floats> to_pose,
                      ffi::Result<Floats> to_intrinsics, ffi::Result<Floats> to_blur) {
-  const Batch batch(means, log_scales, quaternions, pose, intrinsics, blur, near, far, width,
+  const Batch batch(active, means, log_scales, quaternions, pose, intrinsics, blur, near, far, width,
                     height);
   std::vector<ViewGradient> sums(batch.size * batch.parts());
   batch.ForEachPart(pool, [&](int64_t b, int64_t part, int64_t first, int64_t end) {
@@ -100,7 +103,8 @@ ffi::Error Unproject(ffi::ThreadPool pool, Floats means, Floats log_scales, Floa
       float* to_scale = to_log_scales->typed_data() + 3 * row;
       float* to_quaternion = to_quaternions->typed_data() + 4 * row;
       Projector projector;
-      if (projector.Project(view, mean, batch.log_scales + 3 * row, batch.quaternions + 4 * row)) {
+      if (batch.active[row] && projector.Project(view, mean, batch.log_scales + 3 * row,
+                                                 batch.quaternions + 4 * row)) {
         Projected received;
         std::copy_n(to_means2d.typed_data() + 2 * row, 2, received.mean);
         std::copy_n(to_factors.typed_data() + 3 * row, 3, received.factors);
@@ -136,6 +140,7 @@ ffi::Error Unproject(ffi::ThreadPool pool, Floats means, Floats log_scales, Floa
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SplatsProject, splats::Project,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
                                   .Arg<splats::Floats>()
                                   .Arg<splats::Floats>()
                                   .Arg<splats::Floats>()
@@ -156,6 +161,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SplatsProject, splats::Project,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SplatsUnproject, splats::Unproject,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
                                   .Arg<splats::Floats>()
                                   .Arg<splats::Floats>()
                                   .Arg<splats::Floats>()
