@@ -36,7 +36,7 @@ TEST = [
     "beartype>=0.20",
 ]
 PARITY = ["torch==2.13.0", "diffusers>=0.35", "gsplat==1.5.3"]
-DEV = ["ruff>=0.9", "pyright>=1.1.400", "pre-commit>=4"]
+DEV = ["ruff>=0.9", "pyright>=1.1.400", "pre-commit>=4", "clang-format>=21"]
 
 setup(
     name="d4d_jax",

@@ -84,7 +84,7 @@ def project(
         active: Splats without it are invisible, whatever their numbers.
         blur: Added to both variances, px^2. It stands for the pixel's own extent at full
             resolution: to see in a w-pixel image what a W-pixel image shows, scale it by (w/W)^2.
-        near: Splats with z at or below this are invisible.
+        near: Splats with z at or below this, or behind the camera, are invisible.
         far: Splats with z at or above this are invisible.
     """
     means, log_scales, quaternions = map(jnp.asarray, (means, log_scales, quaternions))
@@ -93,14 +93,15 @@ def project(
     centre = camera.intrinsics[:2, 2]
     size = jnp.array([camera.width, camera.height], means.dtype)
 
-    points = means @ rotation.T + translation
+    known = jnp.all(jnp.isfinite(means), axis=-1) & active
+    points = jnp.where(known[:, None], means, 0.0) @ rotation.T + translation
     visible = (
-        (points[:, 2] > near)
+        (points[:, 2] > jnp.maximum(near, 0.0))
         & (points[:, 2] < far)
         & jnp.all(jnp.abs(points) < _MAX_DISTANCE, axis=-1)
         & jnp.all(log_scales < _MAX_LOG_SCALE, axis=-1)
         & jnp.all(jnp.isfinite(quaternions), axis=-1)
-        & active
+        & known
     )
     seen = visible[:, None]
     points = jnp.where(seen, points, jnp.array([0.0, 0.0, 1.0], means.dtype))
@@ -127,7 +128,10 @@ def project(
     cross = jnp.cross(factors[:, 0], factors[:, 1])
     unblurred = jnp.sum(cross**2, axis=-1)
     determinant = unblurred + blur * (xx + yy - blur)
-    invertible = determinant > 0.0
+    invertible = (determinant > 0.0) & jnp.isfinite(determinant) & (xx > 0.0) & (yy > 0.0)
+    invertible &= jnp.all(jnp.isfinite(means2d), axis=-1)
+    means2d = jnp.where(invertible[:, None], means2d, 0.0)
+    xx = jnp.where(invertible, xx, 1.0)
     determinant, yy = (jnp.where(invertible, value, 1.0) for value in (determinant, yy))
     kept = jnp.maximum(unblurred / determinant, _MIN_COMPENSATION**2)
     factors = jnp.stack([yy / determinant, -xy / yy, 1.0 / yy], axis=-1)

@@ -129,6 +129,7 @@ class Scene:
     camera: Camera
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     background: tuple[float, float, float] = (0.2, 0.5, 0.8)
+    blur: float = 0.3
 
 
 def make_scene(
@@ -140,6 +141,7 @@ def make_scene(
     shell: bool = False,
     degree: int = 0,
     size: tuple[int, int] = (53, 38),
+    blur: float = 0.3,
     seed: int = 0,
     **options: Any,
 ) -> Scene:
@@ -153,6 +155,7 @@ def make_scene(
         shell: all on the sphere, flat on it.
         degree: of the spherical harmonics.
         size: width and height, pixels.
+        blur: of `rasterize`, which is differentiated by it.
         seed: of everything.
         **options: of `rasterize`.
     """
@@ -183,6 +186,7 @@ def make_scene(
         {name: np.asarray(value, np.float32) for name, value in parameters.items()},
         Camera(pose, np.asarray(intrinsics, np.float32), width, height),
         options,
+        blur=blur,
     )
 
 
@@ -192,6 +196,7 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "needles": lambda: make_scene(300, sigma=(0.004, 0.006), stretch=(120, 1, 1), degree=1),
     "huge": lambda: make_scene(12, sigma=(0.5, 3.0), logits=(-3.0, 1.0)),
     "shells": lambda: make_scene(800, shell=True, logits=(-1.0, 4.0), near=1.4, far=2.6),
+    "sharp": lambda: make_scene(300, sigma=(0.002, 0.006), blur=0.01),
     "one": lambda: make_scene(1, sigma=(0.2, 0.3)),
     "none": lambda: make_scene(0),
     "culled": lambda: make_scene(30, near=5.0),
@@ -209,6 +214,7 @@ def differentiable(scene: Scene, dtype: Any) -> dict[str, Any]:
         "world_to_camera": cast(scene.camera.world_to_camera),
         "intrinsics": cast(scene.camera.intrinsics),
         "background": cast(scene.background),
+        "blur": cast(scene.blur),
     }
     return inputs | {"mean2d": cast(np.zeros((n, 2))), "absolute": cast(np.zeros((n, 2)))}
 
@@ -230,6 +236,7 @@ def draw(scene: Scene, inputs: dict[str, Any], implementation: str, **options: A
         ),
         inputs["background"],
         implementation=implementation,
+        blur=inputs["blur"],
         probe=Probe(inputs["mean2d"], inputs["absolute"]),
         **{**scene.options, **options},
     )

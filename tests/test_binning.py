@@ -60,3 +60,17 @@ def test_default_capacity_is_bounded_by_all_pairs():
     assert binning.default_capacity(2, 16, 16, 8) == 8
     assert binning.default_capacity(1, 8, 8, 8) == 1
     assert binning.default_capacity(10_000, 256, 256, 8) >= 80_000
+
+
+def test_pairs_beyond_the_range_of_int32_are_not_lost():
+    counts = jnp.full(2**8, 2**24, jnp.int32)  # 2^32 together
+    ends = np.asarray(binning._saturating_cumsum(counts, limit=2**32))
+    np.testing.assert_array_equal(ends[:64], 2**24 * np.arange(1, 65))
+    np.testing.assert_array_equal(ends[64:], 2**30)
+
+
+def test_float64_depths_are_ordered_by_all_their_digits():
+    with jax.enable_x64(True):
+        depths = 1.0 + 1e-12 * jnp.array([3.0, 1.0, 2.0, 0.0])
+        order = binning.depth_order(depths, jnp.array([True, True, True, False]))
+    np.testing.assert_array_equal(order, [1, 2, 0, 3])

@@ -14,6 +14,7 @@ def images():
     return image, np.clip(image + 0.2 * rng.normal(size=image.shape).astype(np.float32), 0, 1)
 
 
+@pytest.mark.parity
 def test_photometric_losses_agree_with_independent_ones(images):
     image, target = images
     assert float(losses.l1(jnp.asarray(image), target)) == pytest.approx(

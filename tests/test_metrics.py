@@ -21,6 +21,7 @@ def image_pair(kind: str, shape=(37, 41, 3)) -> tuple[np.ndarray, np.ndarray]:
     return image.astype(np.float32), np.clip(image + noise, 0, 1).astype(np.float32)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("kind", ["noise", "object on white", "almost white"])
 def test_scores_agree_with_scikit_image(kind):
     first, second = image_pair(kind)

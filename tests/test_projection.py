@@ -65,6 +65,7 @@ def test_covariance_is_the_linearised_pinhole(golden, camera):
         )
 
 
+@pytest.mark.parity
 def test_agrees_with_gsplat_even_beside_the_image(golden, camera):
     got = project(golden["means"], golden["log_scales"], golden["quaternions"], camera)
     front = golden["depths"] > 0.2

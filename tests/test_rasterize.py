@@ -2,6 +2,8 @@
 
 import functools
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +158,7 @@ def test_image_is_the_definition(base, implementation, alpha_max):
     assert np.asarray(got.alpha).min() >= 0.0 and np.asarray(got.alpha).max() <= 1.0
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_image_and_gradients_agree_with_gsplat(golden, implementation):
     scene = as_scene(golden) | {"background": np.zeros(3, np.float32)}
@@ -350,6 +353,60 @@ def test_a_tile_size_changes_nothing(base, implementation):
             image(16)
     else:
         np.testing.assert_allclose(image(16), image(None), atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_numbers_that_make_no_sense_draw_nothing(base, implementation):
+    splats, camera = splats_of(base), camera_of(base)
+
+    @jax.jit
+    def draw(focal, centre, blur, near):
+        intrinsics = jnp.array([[focal, 0, centre], [0, focal, 13.0], [0, 0, 1.0]])
+        moved = Camera(camera.world_to_camera, intrinsics, WIDTH, HEIGHT)
+        options = {"blur": blur, "near": near, "capacity": CAPACITY}
+        return rasterize(splats, moved, BACKGROUND, implementation=implementation, **options)
+
+    assert draw(40.0, 20.0, 0.3, 0.2).alpha.any()
+    nan, blank = jnp.nan, np.broadcast_to(BACKGROUND, (HEIGHT, WIDTH, 3))
+    for numbers in ((nan, 20.0, 0.3, 0.2), (40.0, nan, 0.3, 0.2), (40.0, 20.0, nan, 0.2)):
+        np.testing.assert_array_equal(draw(*numbers).rgb, blank)
+    assert np.isfinite(draw(40.0, 20.0, -1.0, 0.2).rgb).all()
+    behind = draw(40.0, 20.0, 0.3, -10.0)  # is never drawn, however far away the near plane
+    np.testing.assert_array_equal(behind.rgb, draw(40.0, 20.0, 0.3, 0.0).rgb)
+
+
+def test_float32_works_where_float64_is_enabled(base):
+    splats, camera = splats_of(base), camera_of(base)
+    expected = jax.jit(lambda s: rasterize(s, camera, BACKGROUND, capacity=CAPACITY))(splats)
+    with jax.enable_x64(True):
+
+        def loss(parameters, probe):
+            moved = splats.with_parameters(parameters)
+            wide = Camera(np.float64(camera.world_to_camera), camera.intrinsics, WIDTH, HEIGHT)
+            got = rasterize(moved, wide, np.float64(BACKGROUND), capacity=CAPACITY, probe=probe)
+            return got.rgb.sum(), got
+
+        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        (gradients, probe), got = step(splats.parameters, Probe.zeros(N, absolute=True))
+        assert got.rgb.dtype == gradients["means"].dtype == jnp.float32
+        np.testing.assert_allclose(got.rgb, expected.rgb, atol=1e-6)
+        assert np.abs(probe.absolute).sum() > 0
+
+
+def test_the_cpu_kernel_may_be_the_first_thing_called():
+    script = """
+import jax.numpy as jnp
+from d4d_jax import cameras
+from gaussians import initialize, rasterize
+import jax
+splats = initialize.random_cube(9, key=jax.random.key(0))
+camera = cameras.orbit(2, width=8, height=8)[0]
+try:
+    rasterize.rasterize(splats, camera, jnp.ones(3), implementation="cpu")
+except ValueError as error:
+    assert "cpu" not in rasterize.available() and "was not built" in str(error), error
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_chosen(monkeypatch):

@@ -141,3 +141,13 @@ def test_the_probe_reads_in_half_images():
     total = np.asarray(probe.mean2d).sum(0)
     np.testing.assert_allclose(total, [x * camera.width / 2, y * camera.height / 2], rtol=2e-2)
     assert probe.absolute is None
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_leading_axes_of_no_splats_and_of_no_cameras(implementation):
+    empty = jax.tree.map(lambda leaf: jnp.stack([leaf[:0]] * 2), splats())
+    got = rasterize(empty, CAMERAS[0], BACKGROUND, implementation=implementation)
+    np.testing.assert_array_equal(got.rgb, np.broadcast_to(BACKGROUND, (2, 18, 25, 3)))
+    assert got.radii.shape == (2, 0)
+    got = rasterize(splats(), CAMERAS[:0], BACKGROUND, implementation=implementation)
+    assert got.rgb.shape == (0, 18, 25, 3)

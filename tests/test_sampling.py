@@ -32,6 +32,7 @@ def normal(*shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("case", golden.CASES)
 def test_agrees_with_diffusers(case):
     (name, prediction, spacing, final), _ = golden.CASES[case]

@@ -42,6 +42,7 @@ def test_published_signs():
     np.testing.assert_allclose(sh.basis(direction, 2)[4:], expected, atol=1e-6)
 
 
+@pytest.mark.parity
 def test_colours_agree_with_gsplat():
     golden = np.load(GOLDEN)
     pose = golden["world_to_camera"].astype(float)

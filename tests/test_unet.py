@@ -91,6 +91,7 @@ def small():
     return inputs, params, jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))
 
 
+@pytest.mark.parity
 def test_agrees_with_diffusers_on_random_weights():
     """Block structure, order, epsilons, activations and embeddings of the reference network."""
     data = np.load(pathlib.Path(golden.__file__).with_name("unet.npz"))

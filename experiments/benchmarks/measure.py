@@ -95,10 +95,13 @@ def threads() -> int:
 
 
 def free_memory() -> float:
-    """Bytes of the host's memory that nobody uses; infinity where that is unknown."""
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+    """Bytes of the host's memory that a new array may take; infinity where that is unknown."""
+    try:
+        text = pathlib.Path("/proc/meminfo").read_text()
+    except OSError:
         return math.inf
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = re.search(r"MemAvailable:\s*(\d+) kB", text)
+    return 1024.0 * int(found.group(1)) if found else math.inf
 
 
 def machine() -> str:

@@ -106,7 +106,8 @@ class Probe:
     """Zeros that change no image, and whose gradients tell densification where splats are missing.
 
     The gradients come out of the same backward pass as all others, in the unit of the original's
-    thresholds (0.0002): loss per half image width and half image height.
+    thresholds (0.0002): loss per half image width and half image height. A probe without leading
+    axes receives the sum over the views; the norm that densification averages is one view's.
 
     Attributes:
         mean2d: Its gradient is that of each splat's projected centre (Kerbl et al. 2023, 5.2).
@@ -207,7 +208,8 @@ def rasterize(
         ValueError: When the leading axes do not broadcast, the implementation is unknown or cannot
             run here, or a number is out of its range.
     """
-    implemented = _IMPLEMENTATIONS[chosen(implementation, jnp.result_type(splats.means))]
+    dtype = jnp.result_type(*splats.parameters.values())
+    implemented = _IMPLEMENTATIONS[chosen(implementation, dtype)]
     _check(cameras, alpha_max, tile_size, capacity)
     composite = functools.partial(
         implemented.composite,
@@ -217,6 +219,9 @@ def rasterize(
         capacity=capacity,
         alpha_max=alpha_max,
     )
+
+    # One type for all: the kernels have no mixed arithmetic, and a camera of NumPy is float64.
+    parameters = {k: jnp.asarray(v, dtype) for k, v in splats.parameters.items()}
 
     def one(splats: Splats, camera: Camera, background: Array, probe: Probe | None) -> Render:
         usable = _usable(splats)
@@ -259,7 +264,10 @@ def rasterize(
             invalid=jnp.sum(jnp.asarray(splats.active) & ~usable, dtype=jnp.int32),
         )
 
-    return _over_leading_axes(one, splats, cameras, jnp.asarray(background), probe)
+    cameras, probe, background = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, dtype), (cameras, probe, background)
+    )
+    return _over_leading_axes(one, splats.with_parameters(parameters), cameras, background, probe)
 
 
 def _known(name: str) -> _Implementation:
@@ -284,7 +292,7 @@ def _over_leading_axes(
     one: Callable[..., Render],
     splats: Splats,
     cameras: Camera,
-    background: Array,
+    background: AnyArray,
     probe: Probe | None,
 ) -> Render:
     """`one`, mapped over the leading axes of its arguments once those are broadcast."""
@@ -307,7 +315,7 @@ def _over_leading_axes(
         if not own:
             return jnp.asarray(leaf)
         inner = np.shape(leaf)[len(own) :]
-        return jnp.broadcast_to(leaf, (*axes, *inner)).reshape(-1, *inner)
+        return jnp.broadcast_to(leaf, (*axes, *inner)).reshape(math.prod(axes), *inner)
 
     renders = jax.vmap(
         lambda *leaves: one(*jax.tree.unflatten(structure, leaves)),

@@ -52,15 +52,17 @@ def default_capacity(num_splats: int, width: int, height: int, tile_size: int) -
 
 
 def depth_order(depths: Float[Array, "n"], visible: Bool[Array, "n"]) -> Int[Array, "n"]:
-    """Indices of splats by increasing depth, exact for float32; invisible ones come last.
+    """Indices of splats by increasing depth, exact; invisible ones come last.
 
     The bits of a non-negative float order as an integer. A radix sort takes as many of them at a
     time as fit into a word beside the index, whose place in the word makes each pass stable.
     """
+    if depths.dtype != jnp.float32:
+        return jnp.argsort(jnp.where(visible, depths, jnp.inf), stable=True).astype(jnp.int32)
     n = depths.shape[0]
     index_bits = max(1, (n - 1).bit_length())
     digit_bits = 32 - index_bits
-    nearest_first = jnp.where(visible, depths, jnp.inf).astype(jnp.float32)
+    nearest_first = jnp.where(visible, depths, jnp.inf)
     keys = lax.bitcast_convert_type(nearest_first, jnp.uint32)
     index = jnp.arange(n, dtype=jnp.uint32)
     order = index
@@ -116,7 +118,7 @@ def _saturating_cumsum(counts: Int[Array, "n"], limit: int) -> Int[Array, "n"]:
     """Running sums that stop at 2^30 where `limit`, the largest possible sum, passes int32."""
     if limit < 2**31:
         return jnp.cumsum(counts, dtype=jnp.int32)
-    return lax.associative_scan(lambda a, b: jnp.minimum(a + b, 2**30), counts)
+    return lax.associative_scan(lambda a, b: a + jnp.minimum(b, 2**30 - a), counts)
 
 
 def _divide(

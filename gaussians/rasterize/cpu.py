@@ -25,6 +25,7 @@ from gaussians.rasterize.screen import Composite, ScreenSplats
 
 TILE_SIZE = 8
 _NUM_FEATURES = 4
+_INTERFACE = 1  # of the library that these calls are made for, see native/blend.cpp
 _SYMBOLS = {
     "gaussians_project": "SplatsProject",
     "gaussians_unproject": "SplatsUnproject",
@@ -33,7 +34,7 @@ _SYMBOLS = {
 }
 
 
-class _Gradients(NamedTuple):
+class _Differentiable(NamedTuple):
     """The inputs that have a gradient; its field names are those of `ScreenSplats`."""
 
     means2d: Float[Array, "n 2"]
@@ -68,6 +69,11 @@ def obstacle(dtype: Any) -> str | None:
     return _load()
 
 
+def _require(dtype: Any) -> None:
+    if (reason := obstacle(dtype)) is not None:
+        raise ValueError(f'The rasterizer "cpu" cannot run: {reason}.')
+
+
 @functools.cache
 def _load() -> str | None:
     """Registers the kernels with JAX; why that fails, or None."""
@@ -78,6 +84,8 @@ def _load() -> str | None:
         return "its C++ kernel was not built: install the package where there is a C++ compiler"
     try:
         library = ctypes.CDLL(str(found))
+        if library.SplatsInterface() != _INTERFACE:
+            return f"its C++ kernel {found.name} is of another version; install the package anew"
         for name, symbol in _SYMBOLS.items():
             capsule = jax.ffi.pycapsule(getattr(library, symbol))
             jax.ffi.register_ffi_target(name, capsule, platform="cpu")
@@ -97,7 +105,12 @@ def project(
     near: float | Float[AnyArray, ""] = NEAR,
     far: float | Float[AnyArray, ""] = math.inf,
 ) -> Projection:
-    """`gaussians.projection.project` in float32."""
+    """`gaussians.projection.project` in float32.
+
+    Raises:
+        ValueError: The kernels cannot run here (`obstacle`).
+    """
+    _require(jnp.float32)
     drawn = jnp.broadcast_to(active, means.shape[:1])
     arrays = (means, log_scales, quaternions, camera.world_to_camera, camera.intrinsics, blur)
     inputs = [jnp.asarray(value, jnp.float32) for value in (*arrays, near, far)]
@@ -119,57 +132,60 @@ def composite(
         ValueError: The kernel cannot run here (`obstacle`), or does not do what is asked for.
     """
     del capacity
-    if (reason := obstacle(screen.features.dtype)) is not None:
-        raise ValueError(f'The rasterizer "cpu" cannot run: {reason}.')
+    _require(screen.features.dtype)
     if tile_size not in (None, TILE_SIZE):
         raise ValueError(f'The rasterizer "cpu" has tile_size={TILE_SIZE}; got {tile_size}.')
     n, num_features = screen.features.shape
     if num_features != _NUM_FEATURES:
         raise ValueError(f'"cpu" blends {_NUM_FEATURES} features, not {num_features}; use "tiled".')
     if n == 0 or width == 0 or height == 0:
-        blended, alpha = jnp.zeros((height, width, num_features)), jnp.zeros((height, width))
+        blended = jnp.zeros((height, width, num_features), jnp.float32)
+        alpha = jnp.zeros((height, width), jnp.float32)
     else:
-        absolute = jnp.zeros((0, 2)) if screen.absolute is None else screen.absolute
+        nothing = jnp.zeros((0, 2), jnp.float32)
+        absolute = nothing if screen.absolute is None else screen.absolute
         images: Any = _blend(
             _View(width, height, alpha_max),
-            _Gradients(screen.means2d, screen.factors, screen.opacities, screen.features, absolute),
+            _Differentiable(
+                screen.means2d, screen.factors, screen.opacities, screen.features, absolute
+            ),
             jax.lax.stop_gradient(_Fixed(screen.depths, screen.extents, screen.visible)),
         )
-        blended, alpha = images
+        colours, depth, alpha = images
+        blended = jnp.concatenate([colours, depth[..., None]], axis=-1)
     return Composite(blended, alpha, jnp.zeros((), jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blend(view: _View, splats: _Gradients, fixed: _Fixed) -> Any:
-    """Features (h w f) and alpha (h w)."""
+def _blend(view: _View, splats: _Differentiable, fixed: _Fixed) -> Any:
+    """The first three features (h w 3), the fourth and alpha, both (h w)."""
     return _blend_forward(view, splats, fixed)[0]
 
 
-def _blend_forward(view: _View, splats: _Gradients, fixed: _Fixed):
+def _blend_forward(view: _View, splats: _Differentiable, fixed: _Fixed):
     call = jax.ffi.ffi_call(
         "gaussians_blend",
-        (
-            jax.ShapeDtypeStruct((view.height, view.width, _NUM_FEATURES), jnp.float32),
-            jax.ShapeDtypeStruct((view.height, view.width), jnp.float32),
-        ),
-        vmap_method="broadcast_all",
+        [
+            jax.ShapeDtypeStruct((view.height, view.width, *channels), jnp.float32)
+            for channels in ((3,), (), ())
+        ],
+        vmap_method="expand_dims",
     )
-    blended, alpha = call(*splats[:-1], *fixed, alpha_max=np.float32(view.alpha_max))
-    images = (blended, alpha)
-    return images, (splats, fixed, images)
+    images = call(*splats[:-1], *fixed, alpha_max=np.float32(view.alpha_max))
+    return tuple(images), (splats, fixed, tuple(images))
 
 
-def _blend_backward(view: _View, residuals: tuple, cotangents: tuple[Array, Array]):
+def _blend_backward(view: _View, residuals: tuple, cotangents: tuple):
     splats, fixed, images = residuals
     call = jax.ffi.ffi_call(
         "gaussians_unblend",
         [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in splats],
-        vmap_method="broadcast_all",
+        vmap_method="expand_dims",
     )
     gradients = call(
         *splats[:-1], *fixed, *images, *cotangents, alpha_max=np.float32(view.alpha_max)
     )
-    return _Gradients(*gradients), None
+    return _Differentiable(*gradients), None
 
 
 _blend.defvjp(_blend_forward, _blend_backward)
@@ -190,7 +206,7 @@ def _project_forward(size: tuple[int, int], active: Array, *inputs: Array):
             jax.ShapeDtypeStruct(shape, bool if name == "visible" else jnp.float32)
             for name, shape in shapes.items()
         ],
-        vmap_method="broadcast_all",
+        vmap_method="expand_dims",
     )
     outputs = call(active, *inputs, **_sides(size))
     return Projection(**dict(zip(shapes, outputs, strict=True))), (active, *inputs)
@@ -201,7 +217,7 @@ def _project_backward(size: tuple[int, int], inputs: tuple, cotangent: Projectio
     call = jax.ffi.ffi_call(
         "gaussians_unproject",
         [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in differentiable],
-        vmap_method="broadcast_all",
+        vmap_method="expand_dims",
     )
     received = [leaf for name, leaf in cotangent._asdict().items() if name != "visible"]
     gradients = call(*inputs, *received, **_sides(size))

@@ -1,8 +1,8 @@
 """What every rasterizer implementation receives and returns.
 
-An implementation is a function `composite(screen, *, width, height, capacity, alpha_max)`: it
-blends n splats that are already projected, coloured and masked. Everything before (projection,
-spherical harmonics) and after (background) is shared, differentiable JAX in `gaussians.rasterize`.
+An implementation is a function of the type `CompositeFn`: it blends n splats that are already
+projected, coloured and masked. What comes before (projection, spherical harmonics) and after
+(background) is in `gaussians.rasterize`.
 """
 
 from typing import NamedTuple, Protocol

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "parallel.h"
@@ -29,7 +31,8 @@ struct Image {
   }
 };
 
-// The splats of the caller, in his order; invisible ones have no pairs and are not filled in. And the lists of all tiles behind one another, nearest first, that of tile t from starts[t] on.
+// The splats of the caller, in his order; invisible ones have no pairs and are not filled in. And
+// the lists of all tiles behind one another, nearest first, that of tile t from starts[t] on.
 struct Bins {
   int64_t num_pairs = 0;
   std::unique_ptr<Splat[]> splats;
@@ -42,12 +45,13 @@ struct Bins {
 constexpr float kSlack = 1e-4f;
 
 // The pixels first .. last whose centres lie in [low, high], within an image of `size` pixels.
-// Rounding goes through integers, since without SSE 4.1 std::floor is a function call.
+// Rounding goes through integers, since without SSE 4.1 std::floor is a function call. NaN is 0:
+// std::max returns its first argument then.
 struct Span {
   int first, last;
   Span(float low, float high, int size) {
-    low = std::min(std::max(low - 0.5f, 0.0f), static_cast<float>(size));
-    high = std::min(std::max(high + 0.5f, 0.0f), static_cast<float>(size));
+    low = std::min(std::max(0.0f, low - 0.5f), static_cast<float>(size));
+    high = std::min(std::max(0.0f, high + 0.5f), static_cast<float>(size));
     first = static_cast<int>(low);
     first += first < low;
     last = static_cast<int>(high) - 1;
@@ -162,6 +166,9 @@ inline Bins MakeBins(xla::ffi::ThreadPool& pool, const Screen& screen, const Ima
   std::vector<int64_t> places(tiles, 0);
   int64_t total = 0;
   for (const std::vector<int32_t>& touched : tiles_of) total += touched.size();
+  if (total > std::numeric_limits<int32_t>::max()) {
+    throw std::length_error("there are more than 2^31 pairs of splats and tiles");
+  }
   const auto tile_of = Uninitialized<int32_t>(total);
   bins.num_pairs = total;
   total = 0;

@@ -1,14 +1,16 @@
-// Blends depth-sorted Gaussian splats into an image, and its gradient, as two XLA FFI calls for CPU.
+// Blends depth-sorted Gaussian splats into an image, and its gradient, as two XLA FFI calls for
+// CPU.
 //
-// All arrays have the same leading axes: those of jax.vmap, worked on one after the other. Between
-// two runs not a bit differs, however many threads there are: every pair of a splat and a tile has a
-// gradient of its own, and a splat sums those of its pairs in a fixed order.
+// What jax.vmap maps over is worked on one after the other. Between two runs not a bit differs,
+// however many threads there are: every pair of a splat and a tile has a gradient of its own, and a
+// splat sums those of its pairs in a fixed order.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "batch.h"
 #include "binning.h"
 #include "parallel.h"
 #include "types.h"
@@ -31,7 +33,6 @@ struct TileKernels {
   void (*unblend_absolute)(const Splat*, const Pair*, int64_t, const Tile&, float, const float*,
                            const float*, Gradient*);
 };
-
 
 namespace portable {
 #define LANES 8
@@ -63,8 +64,8 @@ namespace avx2 {
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -72,8 +73,7 @@ namespace avx2 {
 #endif
 namespace avx512 {
 #define LANES 16
-#define ANY_REACHES(a, b) \
-  (_mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_GE_OQ) != 0)
+#define ANY_REACHES(a, b) (_mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_GE_OQ) != 0)
 #include "tile.inc"
 #undef ANY_REACHES
 #undef LANES
@@ -87,7 +87,7 @@ namespace avx512 {
 
 // The widest kernel that this processor runs.
 const TileKernels& Kernels() {
-  static const TileKernels& kernels = [&]() -> const TileKernels& {
+  static const TileKernels& kernels = []() -> const TileKernels& {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
@@ -112,146 +112,140 @@ void ForEachTile(ffi::ThreadPool& pool, int tiles, const Body& body) {
   });
 }
 
-// Copies a tile of the image's features and alpha to [channel][pixel], or back; what lies beyond the
-// border of the image is left alone.
-void Cut(const Image& image, const Tile& tile, const float* features, const float* alpha,
-         float* __restrict channels) {
-  for (int y = 0; y < tile.height; ++y) {
+// The features of an image lie in two arrays, so that callers who want the colours alone need not
+// copy them: (height, width, 3) and (height, width). Its alpha is a third.
+template <class Float>
+struct Planes {
+  Float *colours, *depth, *alpha;
+};
+constexpr int kColours = 3;
+
+// Copies a tile to [channel][pixel], or back; what lies beyond the border of the image is left
+// alone.
+void Cut(const Image& image, const Tile& tile, const Planes<const float>& from,
+         float* __restrict to) {
+  for (int y = 0; y < tile.height; ++y, to += kTile) {
     const int64_t first = static_cast<int64_t>(tile.top + y) * image.width + tile.left;
-    const float* from = features + first * kFeatures;
-    float* to = channels + y * kTile;
-    if (tile.width == kTile) {  // the same loop, of a length that the compiler knows
-      for (int f = 0; f < kFeatures; ++f) {
-        for (int x = 0; x < kTile; ++x) to[f * kPixels + x] = from[x * kFeatures + f];
-      }
-    } else {
-      for (int f = 0; f < kFeatures; ++f) {
-        for (int x = 0; x < tile.width; ++x) to[f * kPixels + x] = from[x * kFeatures + f];
-      }
+    const float* colours = from.colours + first * kColours;
+    for (int f = 0; f < kColours; ++f) {
+      for (int x = 0; x < tile.width; ++x) to[f * kPixels + x] = colours[x * kColours + f];
     }
-    std::copy_n(alpha + first, tile.width, to + kFeatures * kPixels);
+    std::copy_n(from.depth + first, tile.width, to + kColours * kPixels);
+    std::copy_n(from.alpha + first, tile.width, to + kFeatures * kPixels);
   }
 }
 
-void Paste(const Image& image, const Tile& tile, const float* channels,
-           float* __restrict features, float* alpha) {
-  for (int y = 0; y < tile.height; ++y) {
+void Paste(const Image& image, const Tile& tile, const float* from, const Planes<float>& to) {
+  for (int y = 0; y < tile.height; ++y, from += kTile) {
     const int64_t first = static_cast<int64_t>(tile.top + y) * image.width + tile.left;
-    const float* from = channels + y * kTile;
-    float* to = features + first * kFeatures;
+    float* __restrict colours = to.colours + first * kColours;
     for (int x = 0; x < tile.width; ++x) {
-      for (int f = 0; f < kFeatures; ++f) to[x * kFeatures + f] = from[f * kPixels + x];
+      for (int f = 0; f < kColours; ++f) colours[x * kColours + f] = from[f * kPixels + x];
     }
-    std::copy_n(from + kFeatures * kPixels, tile.width, alpha + first);
+    std::copy_n(from + kColours * kPixels, tile.width, to.depth + first);
+    std::copy_n(from + kFeatures * kPixels, tile.width, to.alpha + first);
   }
 }
 
-// The inputs of both calls, and their leading axes flattened.
-struct Batch {
-  int64_t size, n;
-  Image image;
-  const float *means2d, *factors, *opacities, *features, *depths, *extents;
-  const bool* visible;
+// The inputs of both calls.
+struct Inputs {
+  Floats means2d, factors, opacities, features, depths, extents;
+  ffi::Buffer<ffi::PRED> visible;
 
-  Batch(Floats& means2d, Floats& factors, Floats& opacities, Floats& features, Floats& depths,
-        Floats& extents, ffi::Buffer<ffi::PRED>& visible, ffi::Span<const int64_t> image_shape)
-      : n(depths.dimensions().back()),
-        image{static_cast<int>(image_shape[image_shape.size() - 1]),
-              static_cast<int>(image_shape[image_shape.size() - 2])},
-        means2d(means2d.typed_data()),
-        factors(factors.typed_data()),
-        opacities(opacities.typed_data()),
-        features(features.typed_data()),
-        depths(depths.typed_data()),
-        extents(extents.typed_data()),
-        visible(visible.typed_data()) {
-    size = n ? depths.element_count() / n : 0;
-  }
-
-  Screen screen(int64_t b) const {
-    return {n,
-            means2d + 2 * n * b,
-            factors + 3 * n * b,
-            opacities + n * b,
-            features + kFeatures * n * b,
-            depths + n * b,
-            extents + 2 * n * b,
-            visible + n * b};
+  Screen screen(const LeadingAxes& axes, int64_t b) {
+    return {depths.dimensions().back(), axes.At(means2d, b),  axes.At(factors, b),
+            axes.At(opacities, b),      axes.At(features, b), axes.At(depths, b),
+            axes.At(extents, b),        axes.At(visible, b)};
   }
 };
 
+Image ImageOf(ffi::Span<const int64_t> alpha_dimensions) {
+  const int64_t* end = alpha_dimensions.end();
+  return {static_cast<int>(end[-1]), static_cast<int>(end[-2])};
+}
+
 ffi::Error Blend(ffi::ThreadPool pool, Floats means2d, Floats factors, Floats opacities,
                  Floats features, Floats depths, Floats extents, ffi::Buffer<ffi::PRED> visible,
-                 float alpha_max, ffi::Result<Floats> blended, ffi::Result<Floats> alpha) {
-  const Batch batch(means2d, factors, opacities, features, depths, extents, visible,
-                    alpha->dimensions());
-  const Image image = batch.image;
-  const int64_t pixels = static_cast<int64_t>(image.width) * image.height;
-  for (int64_t b = 0; b < batch.size; ++b) {
-    const Bins bins = MakeBins(pool, batch.screen(b), image);
-    ForEachTile(pool, image.tiles(), [&](int t) {
-      const Tile tile = image.tile(t);
-      const int64_t start = bins.starts[t], count = bins.starts[t + 1] - start;
-      alignas(64) float channels[kChannels * kPixels];
-      Kernels().blend(bins.splats.get(), bins.pairs.get() + start, count, tile, alpha_max,
-                      channels);
-      Paste(image, tile, channels, blended->typed_data() + b * pixels * kFeatures,
-            alpha->typed_data() + b * pixels);
-    });
-  }
-  return ffi::Error::Success();
+                 float alpha_max, ffi::Result<Floats> colours, ffi::Result<Floats> depth,
+                 ffi::Result<Floats> alpha) {
+  return Guarded([&] {
+    Inputs inputs{means2d, factors, opacities, features, depths, extents, visible};
+    const LeadingAxes axes(*alpha, 2);
+    const Image image = ImageOf(alpha->dimensions());
+    for (int64_t b = 0; b < axes.size(); ++b) {
+      const Bins bins = MakeBins(pool, inputs.screen(axes, b), image);
+      const Planes<float> planes{axes.At(*colours, b), axes.At(*depth, b), axes.At(*alpha, b)};
+      ForEachTile(pool, image.tiles(), [&](int t) {
+        const Tile tile = image.tile(t);
+        const int64_t start = bins.starts[t], count = bins.starts[t + 1] - start;
+        alignas(64) float channels[kChannels * kPixels];
+        Kernels().blend(bins.splats.get(), bins.pairs.get() + start, count, tile, alpha_max,
+                        channels);
+        Paste(image, tile, channels, planes);
+      });
+    }
+  });
 }
 
 ffi::Error Unblend(ffi::ThreadPool pool, Floats means2d, Floats factors, Floats opacities,
                    Floats features, Floats depths, Floats extents, ffi::Buffer<ffi::PRED> visible,
-                   Floats blended, Floats alpha, Floats blended_cotangent, Floats alpha_cotangent,
-                   float alpha_max, ffi::Result<Floats> to_means2d, ffi::Result<Floats> to_factors,
+                   Floats colours, Floats depth, Floats alpha, Floats colours_cotangent,
+                   Floats depth_cotangent, Floats alpha_cotangent, float alpha_max,
+                   ffi::Result<Floats> to_means2d, ffi::Result<Floats> to_factors,
                    ffi::Result<Floats> to_opacities, ffi::Result<Floats> to_features,
                    ffi::Result<Floats> to_absolute) {
-  const Batch batch(means2d, factors, opacities, features, depths, extents, visible,
-                    alpha.dimensions());
-  const Image image = batch.image;
-  const int64_t n = batch.n, pixels = static_cast<int64_t>(image.width) * image.height;
-  const bool absolute = to_absolute->element_count() > 0;
-  const auto unblend = absolute ? Kernels().unblend_absolute : Kernels().unblend;
-  for (int64_t b = 0; b < batch.size; ++b) {
-    const Bins bins = MakeBins(pool, batch.screen(b), image);
-    const auto gradients = Uninitialized<Gradient>(bins.num_pairs);
-    ForEachTile(pool, image.tiles(), [&](int t) {
-      const Tile tile = image.tile(t);
-      const int64_t start = bins.starts[t], count = bins.starts[t + 1] - start;
-      alignas(64) float output[kChannels * kPixels] = {}, cotangent[kChannels * kPixels] = {};
-      const int64_t first = b * pixels;
-      Cut(image, tile, blended.typed_data() + first * kFeatures, alpha.typed_data() + first,
-          output);
-      Cut(image, tile, blended_cotangent.typed_data() + first * kFeatures,
-          alpha_cotangent.typed_data() + first, cotangent);
-      unblend(bins.splats.get(), bins.pairs.get() + start, count, tile, alpha_max, output,
-              cotangent, gradients.get());
-    });
-    constexpr int64_t kSplatsPerTask = 1024;
-    ParallelFor(pool, (n + kSplatsPerTask - 1) / kSplatsPerTask, [&](int64_t task) {
-      for (int64_t i = task * kSplatsPerTask; i < std::min(n, (task + 1) * kSplatsPerTask); ++i) {
-        float sum[kGradientFloats] = {};
-        for (int32_t pair = bins.first_pairs[i]; pair < bins.first_pairs[i + 1]; ++pair) {
-          float terms[kGradientFloats];
-          std::memcpy(terms, &gradients[pair], sizeof terms);
-          for (int j = 0; j < kGradientFloats; ++j) sum[j] += terms[j];
+  return Guarded([&] {
+    Inputs inputs{means2d, factors, opacities, features, depths, extents, visible};
+    const LeadingAxes axes(*to_opacities, 1);
+    const Image image = ImageOf(alpha.dimensions());
+    const int64_t n = depths.dimensions().back();
+    const bool absolute = to_absolute->element_count() > 0;
+    const auto unblend = absolute ? Kernels().unblend_absolute : Kernels().unblend;
+    for (int64_t b = 0; b < axes.size(); ++b) {
+      const Bins bins = MakeBins(pool, inputs.screen(axes, b), image);
+      const Planes<const float> outputs{axes.At(colours, b), axes.At(depth, b), axes.At(alpha, b)};
+      const Planes<const float> cotangents{
+          axes.At(colours_cotangent, b), axes.At(depth_cotangent, b), axes.At(alpha_cotangent, b)};
+      const auto gradients = Uninitialized<Gradient>(bins.num_pairs);
+      ForEachTile(pool, image.tiles(), [&](int t) {
+        const Tile tile = image.tile(t);
+        const int64_t start = bins.starts[t], count = bins.starts[t + 1] - start;
+        alignas(64) float output[kChannels * kPixels] = {}, cotangent[kChannels * kPixels] = {};
+        Cut(image, tile, outputs, output);
+        Cut(image, tile, cotangents, cotangent);
+        unblend(bins.splats.get(), bins.pairs.get() + start, count, tile, alpha_max, output,
+                cotangent, gradients.get());
+      });
+      float* means2d_row = axes.At(*to_means2d, b);
+      float* factors_row = axes.At(*to_factors, b);
+      float* opacities_row = axes.At(*to_opacities, b);
+      float* features_row = axes.At(*to_features, b);
+      float* absolute_row = axes.At(*to_absolute, b);
+      constexpr int64_t kSplatsPerTask = 1024;
+      ParallelFor(pool, (n + kSplatsPerTask - 1) / kSplatsPerTask, [&](int64_t task) {
+        for (int64_t i = task * kSplatsPerTask; i < std::min(n, (task + 1) * kSplatsPerTask); ++i) {
+          float sum[kGradientFloats] = {};
+          for (int32_t pair = bins.first_pairs[i]; pair < bins.first_pairs[i + 1]; ++pair) {
+            float terms[kGradientFloats];
+            std::memcpy(terms, &gradients[pair], sizeof terms);
+            for (int j = 0; j < kGradientFloats; ++j) sum[j] += terms[j];
+          }
+          std::copy_n(sum, 2, means2d_row + 2 * i);
+          std::copy_n(sum + 2, 3, factors_row + 3 * i);
+          opacities_row[i] = sum[5];
+          std::copy_n(sum + 6, kFeatures, features_row + kFeatures * i);
+          if (absolute) std::copy_n(sum + 6 + kFeatures, 2, absolute_row + 2 * i);
         }
-        const int64_t row = b * n + i;
-        std::copy_n(sum, 2, to_means2d->typed_data() + 2 * row);
-        std::copy_n(sum + 2, 3, to_factors->typed_data() + 3 * row);
-        to_opacities->typed_data()[row] = sum[5];
-        std::copy_n(sum + 6, kFeatures, to_features->typed_data() + kFeatures * row);
-        if (absolute) std::copy_n(sum + 6 + kFeatures, 2, to_absolute->typed_data() + 2 * row);
-      }
-    });
-  }
-  return ffi::Error::Success();
+      });
+    }
+  });
 }
 
 }  // namespace
 }  // namespace splats
+
+// Counts the signatures and meanings of the calls of this library: cpu.py asks for its own number.
+extern "C" int SplatsInterface() { return 1; }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SplatsBlend, splats::Blend,
                               xla::ffi::Ffi::Bind()
@@ -265,6 +259,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SplatsBlend, splats::Blend,
                                   .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
                                   .Attr<float>("alpha_max")
                                   .Ret<splats::Floats>()
+                                  .Ret<splats::Floats>()
                                   .Ret<splats::Floats>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SplatsUnblend, splats::Unblend,
@@ -277,6 +272,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SplatsUnblend, splats::Unblend,
                                   .Arg<splats::Floats>()
                                   .Arg<splats::Floats>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::PRED>>()
+                                  .Arg<splats::Floats>()
+                                  .Arg<splats::Floats>()
                                   .Arg<splats::Floats>()
                                   .Arg<splats::Floats>()
                                   .Arg<splats::Floats>()

@@ -6,7 +6,7 @@
 
 namespace splats {
 
-// What all splats of an image share. `pose` and `focal` ... are rows of the caller's matrices.
+// What all splats of an image share.
 struct View {
   float pose[3][4];
   float focal[2], centre[2], size[2];
@@ -61,7 +61,7 @@ class Projector {
       if (!(std::abs(point_[i]) < kMaxDistance) || !(log_scales[i] < kMaxLogScale)) return false;
       scales_[i] = std::exp(log_scales[i]);
     }
-    if (!(point_[2] > view.near && point_[2] < view.far)) return false;
+    if (!(point_[2] > std::max(view.near, 0.0f) && point_[2] < view.far)) return false;
     for (int i = 0; i < 4; ++i) {
       if (!std::isfinite(quaternion[i])) return false;
     }
@@ -88,7 +88,9 @@ class Projector {
     Cross(axes_[0], axes_[1], cross_);
     unblurred_ = Dot(cross_, cross_);
     determinant_ = unblurred_ + view.blur * (xx_ + yy_ - view.blur);
-    return determinant_ > 0.0f;
+    return determinant_ > 0.0f && std::isfinite(determinant_) && xx_ > 0.0f && yy_ > 0.0f &&
+           std::isfinite(slopes_[0] * view.focal[0] + view.centre[0]) &&
+           std::isfinite(slopes_[1] * view.focal[1] + view.centre[1]);
   }
 
   Projected Result(const View& view) const {

@@ -20,7 +20,7 @@ struct alignas(64) Splat {
   float p, s, r;
   float opacity;
   float features[kFeatures];
-  float cut;        // log2(alpha / opacity) at the edge of the support, and a little less
+  float cut;  // log2(alpha / opacity) at the edge of the support, and a little less
 };
 
 // A splat in the list of a tile. Pairs are numbered splat by splat, so that the gradients of one
