@@ -263,7 +263,8 @@ def exact(name: str) -> tuple[dict, dict, dict, np.ndarray]:
         }
         undecided = oracle.undecided
         rng = np.random.default_rng(5)
-        weights = {name: rng.normal(size=image.shape) for name, image in images.items()}
+        # Not centred at zero, where sums over all pixels and splats would nearly cancel.
+        weights = {name: rng.normal(0.5, size=image.shape) for name, image in images.items()}
         for weight in weights.values():
             weight[undecided] = 0.0
         gradients = jax.jit(

@@ -19,6 +19,7 @@ from experiments import reconstruct as binary
 from experiments.configs import reconstruct as configs
 from gaussians import io
 from gaussians.deformation import build
+from gaussians.rasterize import chosen
 from gaussians.reconstruct import ReconstructConfig
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +62,7 @@ def test_writes_all_files(finished):
     for metric in ("psnr", "ssim", "alpha_iou"):
         assert set(report[metric]) == {"dynamic", "static", "front"}
         assert all(np.isfinite(value) for value in report[metric].values())
-    assert report["splats"] > 0 and report["seconds"] > 0 and report["implementation"] == "tiled"
+    assert report["splats"] > 0 and report["seconds"] > 0 and report["implementation"] == chosen()
     assert Image.open(workdir / "comparison.png").size == (8 * 24, 6 * 24)
     assert "fine 18/18" in result.stderr and "ETA" in result.stderr
 

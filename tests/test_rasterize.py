@@ -444,7 +444,9 @@ def test_bad_calls_are_answered_in_a_sentence(base, monkeypatch):
     )
     cameras = Camera(poses, intrinsics, WIDTH, HEIGHT)
     assert rasterize(two, cameras, BACKGROUND, capacity=CAPACITY).rgb.shape[0] == 2
-    with pytest.raises(ValueError, match=r"splats \(3,\), cameras \(2,\), .* do not broadcast"):
+    with pytest.raises(
+        ValueError, match=r"do not broadcast: means \(3,\), .*world_to_camera \(2,\)"
+    ):
         rasterize(three, cameras, BACKGROUND)
     monkeypatch.setattr(cpu, "obstacle", lambda dtype: "no compiler")
     with pytest.raises(ValueError, match='"cpu" cannot run: no compiler'):

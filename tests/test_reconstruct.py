@@ -123,19 +123,24 @@ def test_callback_sees_every_step_and_splats_grow_within_the_capacity(clip):
 
 
 def test_too_small_a_pair_list_is_enlarged_without_a_trace_in_the_result(clip):
-    roomy = dataclasses.replace(SHORT, coarse=Stage(0), fine=Stage(0))
+    roomy = dataclasses.replace(SHORT, coarse=Stage(0), fine=Stage(0), implementation="tiled")
     tight = dataclasses.replace(roomy, pairs_per_splat=0.5)
     assert pair_capacity(tight.pairs_per_splat * tight.capacity) == TOO_FEW_PAIRS
     assert_same(run(clip, tight, jax.random.key(0)), run(clip, roomy, jax.random.key(0)))
 
 
 def make_state(clip, pairs):
-    """A state, views and settings like those of the warm-up in `run`: they share compilations."""
+    """A state, views and settings like the warm-up of the test above, to share its compilation."""
     views = preparation.views_of(clip, 0.0)
     splats = preparation.first_splats(clip, 200, 300, 0, jax.random.key(0))
     field = build(FIELD)
     settings = StepSettings(
-        None, CONFIG.weights, CONFIG.rates, background=clip.background, pairs=pairs
+        None,
+        CONFIG.weights,
+        CONFIG.rates,
+        background=clip.background,
+        pairs=pairs,
+        implementation="tiled",
     )
     params = jax.jit(field.init)(jax.random.key(1), splats)
     return create_state(splats, params, CONFIG.rates), views, settings

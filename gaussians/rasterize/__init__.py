@@ -71,9 +71,20 @@ _IMPLEMENTATIONS: dict[str, _Implementation] = {
 #: What `implementation=None` tries, in this order.
 _PREFERRED = ("cpu", "tiled")
 
-#: Axes of the leaves of `Splats` and of `Camera` that are not leading ones, in their order.
-_SPLAT_RANKS = (2, 2, 2, 1, 3, 1)
-_CAMERA_RANKS = (2, 2)
+#: How many axes each array of the arguments has behind its leading ones.
+_OWN_AXES = {
+    "means": 2,
+    "log_scales": 2,
+    "quaternions": 2,
+    "opacity_logits": 1,
+    "sh": 3,
+    "active": 1,
+    "world_to_camera": 2,
+    "intrinsics": 2,
+    "background": 1,
+    "mean2d": 2,
+    "absolute": 2,
+}
 
 
 @pytree.dataclass
@@ -296,18 +307,19 @@ def _over_leading_axes(
     probe: Probe | None,
 ) -> Render:
     """`one`, mapped over the leading axes of its arguments once those are broadcast."""
-    leaves, structure = jax.tree.flatten((splats, cameras, background, probe))
-    ranks = _SPLAT_RANKS + _CAMERA_RANKS + (1,) + (2,) * (structure.num_leaves - 9)
+    arguments = (splats, cameras, {"background": background}, probe)
+    paths, structure = jax.tree_util.tree_flatten_with_path(arguments)
+    leaves = [leaf for _, leaf in paths]
+    names = [getattr(path[-1], "name", "background") for path, _ in paths]
     leading = [
-        np.shape(leaf)[: np.ndim(leaf) - rank] for leaf, rank in zip(leaves, ranks, strict=True)
+        np.shape(leaf)[: np.ndim(leaf) - _OWN_AXES[n]]
+        for n, leaf in zip(names, leaves, strict=True)
     ]
     try:
         axes = np.broadcast_shapes(*leading)
     except ValueError:
-        raise ValueError(
-            f"The leading axes of splats {leading[0]}, cameras {leading[6]}, background"
-            f" {leading[8]} and probe {leading[9:]} do not broadcast against each other."
-        ) from None
+        found = ", ".join(f"{name} {own}" for name, own in zip(names, leading, strict=True) if own)
+        raise ValueError(f"These leading axes do not broadcast: {found}.") from None
     if not axes:
         return one(splats, cameras, background, probe)
 
@@ -317,10 +329,12 @@ def _over_leading_axes(
         inner = np.shape(leaf)[len(own) :]
         return jnp.broadcast_to(leaf, (*axes, *inner)).reshape(math.prod(axes), *inner)
 
-    renders = jax.vmap(
-        lambda *leaves: one(*jax.tree.unflatten(structure, leaves)),
-        in_axes=[0 if own else None for own in leading],
-    )(*map(flat, leaves, leading))
+    def render(*leaves: Array) -> Render:
+        splats, cameras, rest, probe = jax.tree.unflatten(structure, leaves)
+        return one(splats, cameras, rest["background"], probe)
+
+    in_axes = [0 if own else None for own in leading]
+    renders = jax.vmap(render, in_axes=in_axes)(*map(flat, leaves, leading))
     return jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[1:]), renders)
 
 
