@@ -21,7 +21,13 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from gaussians.rasterize.binning import bin_splats, default_capacity, in_chunks
-from gaussians.rasterize.screen import ALPHA_MIN, TRANSMITTANCE_MIN, Composite, ScreenSplats
+from gaussians.rasterize.screen import (
+    ALPHA_MIN,
+    TRANSMITTANCE_MIN,
+    Composite,
+    ScreenSplats,
+    geometry_gradients,
+)
 
 # A thread of the GPU holds one pixel, hence `_CHUNK` numbers of every array (k p).
 _CHUNK = 16
@@ -284,21 +290,5 @@ def _row_gradients(
     rows: Float[Array, "m d"], sums: Float[Array, "m padded"]
 ) -> Float[Array, "m d"]:
     """Cotangent of the rows from what `_backward` wrote; arbitrary in chunks of no tile."""
-    x, y, p, s, r, opacity = rows[:, :_GEOMETRY].T
-    m, mx, my, mxx, mxy, myy = sums[:, :_GEOMETRY].T
-    # Moments of u = dx + s dy and of dy; c is x + s y of the splat's centre.
-    c = x + s * y
-    mu, muy, muu = mx + s * my, mxy + s * myy, mxx + s * (2.0 * mxy + s * myy)
-    u, dy = mu - c * m, my - y * m
-    uu = muu - c * (2.0 * mu - c * m)
-    udy = muy - c * my - y * u
-    dyy = myy - y * (2.0 * my - y * m)
-    geometry = [
-        p * u,
-        p * s * u + r * dy,
-        -0.5 * uu,
-        -p * udy,
-        -0.5 * dyy,
-        m / jnp.maximum(opacity, ALPHA_MIN),
-    ]
-    return jnp.concatenate([jnp.stack(geometry, -1), sums[:, _GEOMETRY : rows.shape[1]]], -1)
+    geometry = geometry_gradients(rows[:, :_GEOMETRY].T, sums[:, :_GEOMETRY].T)
+    return jnp.concatenate([geometry, sums[:, _GEOMETRY : rows.shape[1]]], -1)

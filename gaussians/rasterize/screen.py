@@ -5,8 +5,10 @@ projected, coloured and masked. What comes before (projection, spherical harmoni
 (background) is in `gaussians.rasterize`.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -67,3 +69,27 @@ class CompositeFn(Protocol):
         capacity: int | None,
         alpha_max: float,
     ) -> Composite: ...
+
+
+def geometry_gradients(
+    geometry: Iterable[Float[Array, "*k"]], moments: Iterable[Float[Array, "*k"]]
+) -> Float[Array, "*k 6"]:
+    """Cotangent of (x, y, p, s, r, opacity) from the moments of e = a dL/da over pixels.
+
+    Args:
+        geometry: x, y, p, s, r and opacity of the splats, x and y in pixels from any origin.
+        moments: sum_p e_p {1, x_p, y_p, x_p^2, x_p y_p, y_p^2} over pixels p, from the same origin;
+            the tile's centre loses the fewest digits.
+    """
+    x, y, p, s, r, opacity = geometry
+    m, mx, my, mxx, mxy, myy = moments
+    # Moments of u = dx + s dy and of dy; c is x + s y of the splat's centre.
+    c = x + s * y
+    mu, muy, muu = mx + s * my, mxy + s * myy, mxx + s * (2.0 * mxy + s * myy)
+    u, dy = mu - c * m, my - y * m
+    uu = muu - c * (2.0 * mu - c * m)
+    udy = muy - c * my - y * u
+    dyy = myy - y * (2.0 * my - y * m)
+    of_opacity = m / jnp.maximum(opacity, ALPHA_MIN)
+    gradients = (p * u, p * s * u + r * dy, -0.5 * uu, -p * udy, -0.5 * dyy, of_opacity)
+    return jnp.stack(gradients, axis=-1)

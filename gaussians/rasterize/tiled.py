@@ -26,7 +26,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gaussians.rasterize.binning import bin_splats, by_occupancy, default_capacity
-from gaussians.rasterize.screen import ALPHA_MIN, TRANSMITTANCE_MIN, Composite, ScreenSplats
+from gaussians.rasterize.screen import (
+    ALPHA_MIN,
+    TRANSMITTANCE_MIN,
+    Composite,
+    ScreenSplats,
+    geometry_gradients,
+)
 
 _CHUNK = 16
 _GROUP = 32
@@ -307,25 +313,10 @@ def _splat_gradients(
     px, py = _pixel_offsets(grid, weights.dtype)
     monomials = np.stack([np.ones_like(px), px, py, px * px, px * py, py * py], axis=-1)
     moments = energies.reshape(-1, grid.pixels) @ monomials
-    m, mx, my, mxx, mxy, myy = jnp.moveaxis(moments.reshape(*chunk.x.shape, 6), -1, 0)
-    y, (p, s, r) = chunk.y, chunk.factors
-    # Moments of u = dx + s dy and of dy; c is x + s y of the splat's centre.
-    c = chunk.x + s * y
-    mu, muy, muu = mx + s * my, mxy + s * myy, mxx + s * (2.0 * mxy + s * myy)
-    u, dy = mu - c * m, my - y * m
-    uu = muu - c * (2.0 * mu - c * m)
-    udy = muy - c * my - y * u
-    dyy = myy - y * (2.0 * my - y * m)
-    geometry = [
-        p * u,
-        p * s * u + r * dy,
-        -0.5 * uu,
-        -p * udy,
-        -0.5 * dyy,
-        m / jnp.maximum(chunk.opacity, ALPHA_MIN),
-    ]
+    moments = jnp.moveaxis(moments.reshape(*chunk.x.shape, 6), -1, 0)
+    geometry = geometry_gradients((chunk.x, chunk.y, *chunk.factors, chunk.opacity), moments)
     of_features = jnp.einsum("kgp,fgp->kgf", weights, received[:-1])
-    rows = [jnp.stack(geometry, axis=-1), of_features]
+    rows = [geometry, of_features]
     if grid.absolute:
         u, dy = _offsets(grid, chunk)
         p, s, r = (factor[..., None] for factor in chunk.factors)
