@@ -120,30 +120,45 @@ struct Planes {
 };
 constexpr int kColours = 3;
 
-// Copies a tile to [channel][pixel], or back; what lies beyond the border of the image is left
-// alone.
-void Cut(const Image& image, const Tile& tile, const Planes<const float>& from,
-         float* __restrict to) {
-  for (int y = 0; y < tile.height; ++y, to += kTile) {
-    const int64_t first = static_cast<int64_t>(tile.top + y) * image.width + tile.left;
-    const float* colours = from.colours + first * kColours;
-    for (int f = 0; f < kColours; ++f) {
-      for (int x = 0; x < tile.width; ++x) to[f * kPixels + x] = colours[x * kColours + f];
-    }
-    std::copy_n(from.depth + first, tile.width, to + kColours * kPixels);
-    std::copy_n(from.alpha + first, tile.width, to + kFeatures * kPixels);
+// Copies `width` pixels between one row of the image and [channel][pixel].
+inline void CutRow(const Planes<const float>& from, int width, float* __restrict to) {
+  for (int f = 0; f < kColours; ++f) {
+    for (int x = 0; x < width; ++x) to[f * kPixels + x] = from.colours[x * kColours + f];
+  }
+  for (int x = 0; x < width; ++x) to[kColours * kPixels + x] = from.depth[x];
+  for (int x = 0; x < width; ++x) to[kFeatures * kPixels + x] = from.alpha[x];
+}
+
+inline void PasteRow(const float* __restrict from, int width, const Planes<float>& to) {
+  for (int x = 0; x < width; ++x) {
+    for (int f = 0; f < kColours; ++f) to.colours[x * kColours + f] = from[f * kPixels + x];
+  }
+  for (int x = 0; x < width; ++x) to.depth[x] = from[kColours * kPixels + x];
+  for (int x = 0; x < width; ++x) to.alpha[x] = from[kFeatures * kPixels + x];
+}
+
+// The row of a tile within an image.
+template <class Float>
+Planes<Float> RowOf(const Planes<Float>& image, int64_t image_width, const Tile& tile, int y) {
+  const int64_t first = (tile.top + y) * image_width + tile.left;
+  return {image.colours + first * kColours, image.depth + first, image.alpha + first};
+}
+
+// Copy a tile; what lies beyond the border of the image is left alone. Rows of full width have
+// calls of their own, whose loops the compiler unrolls.
+void Cut(const Image& image, const Tile& tile, const Planes<const float>& from, float* to) {
+  for (int y = 0; y < tile.height; ++y) {
+    const auto row = RowOf(from, image.width, tile, y);
+    tile.width == kTile ? CutRow(row, kTile, to + y * kTile)
+                        : CutRow(row, tile.width, to + y * kTile);
   }
 }
 
 void Paste(const Image& image, const Tile& tile, const float* from, const Planes<float>& to) {
-  for (int y = 0; y < tile.height; ++y, from += kTile) {
-    const int64_t first = static_cast<int64_t>(tile.top + y) * image.width + tile.left;
-    float* __restrict colours = to.colours + first * kColours;
-    for (int x = 0; x < tile.width; ++x) {
-      for (int f = 0; f < kColours; ++f) colours[x * kColours + f] = from[f * kPixels + x];
-    }
-    std::copy_n(from + kColours * kPixels, tile.width, to.depth + first);
-    std::copy_n(from + kFeatures * kPixels, tile.width, to.alpha + first);
+  for (int y = 0; y < tile.height; ++y) {
+    const auto row = RowOf(to, image.width, tile, y);
+    tile.width == kTile ? PasteRow(from + y * kTile, kTile, row)
+                        : PasteRow(from + y * kTile, tile.width, row);
   }
 }
 
