@@ -200,8 +200,8 @@ SCENES: dict[str, Callable[[], Scene]] = {
     "one": lambda: make_scene(1, sigma=(0.2, 0.3)),
     "none": lambda: make_scene(0),
     "culled": lambda: make_scene(30, near=5.0),
-    "10k": lambda: make_scene(10_000, sigma=(0.008, 0.024), size=(128, 128), degree=1),
-    "50k": lambda: make_scene(50_000, sigma=(0.004, 0.02), size=(46, 36)),
+    "10k": lambda: make_scene(10_000, sigma=(0.008, 0.024), size=(96, 96), degree=1),
+    "50k": lambda: make_scene(50_000, sigma=(0.003, 0.012), size=(36, 28)),
 }
 
 

@@ -103,9 +103,9 @@ def test_sets_of_splats_broadcast_against_cameras(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_two_runs_give_the_same_bytes(implementation):
-    scene = make_scene(3000, sigma=(0.01, 0.1), size=(70, 50))
-    many = Splats(**scene.parameters, active=np.ones(3000, bool))
-    probe = Probe.zeros(3000, absolute=True)
+    scene = make_scene(1000, sigma=(0.01, 0.1), size=(70, 50))
+    many = Splats(**scene.parameters, active=np.ones(1000, bool))
+    probe = Probe.zeros(1000, absolute=True)
 
     @jax.jit
     def step(parameters, probe):
