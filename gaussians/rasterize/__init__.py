@@ -199,7 +199,7 @@ def rasterize(
         splats: The Gaussians, arrays (*b, n, ...).
         cameras: One or more, arrays (*b, ...).
         background: Colour behind everything, (*b, 3).
-        near: Splats with camera z at or below this are not drawn.
+        near: Splats with camera z at or below this, or below 0, are not drawn.
         far: Splats with camera z at or above this are not drawn.
         sh_degree: Degree of spherical harmonics to evaluate; None takes all coefficients.
         antialiased: Lowers each opacity by as much as the blur widens the footprint (Mip-Splatting,
@@ -246,20 +246,8 @@ def rasterize(
             near=near,
             far=far,
         )
-        opacities = jax.nn.sigmoid(jnp.where(usable, splats.opacity_logits, 0.0))
-        if antialiased:
-            opacities = opacities * projection.compensations
-        screen = ScreenSplats(
-            means2d=projection.means2d,
-            factors=projection.factors,
-            opacities=opacities,
-            features=jnp.concatenate(
-                [_colours(splats, usable, camera, sh_degree), projection.depths[:, None]], axis=-1
-            ),
-            depths=lax.stop_gradient(projection.depths),
-            extents=_extents(opacities, projection.variances),
-            visible=projection.visible & (opacities >= ALPHA_MIN),
-        )
+        colours = _colours(splats, usable, camera, sh_degree)
+        screen = _to_screen(splats, usable, projection, colours, antialiased)
         if probe is not None:
             screen = _probed(screen, probe, camera.width, camera.height)
         blended = composite(screen)
@@ -336,6 +324,27 @@ def _over_leading_axes(
     in_axes = [0 if own else None for own in leading]
     renders = jax.vmap(render, in_axes=in_axes)(*map(flat, leaves, leading))
     return jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[1:]), renders)
+
+
+def _to_screen(
+    splats: Splats,
+    usable: Bool[Array, "n"],
+    projection: Projection,
+    colours: Float[Array, "n 3"],
+    antialiased: bool,
+) -> ScreenSplats:
+    opacities = jax.nn.sigmoid(jnp.where(usable, splats.opacity_logits, 0.0))
+    if antialiased:
+        opacities = opacities * projection.compensations
+    return ScreenSplats(
+        means2d=projection.means2d,
+        factors=projection.factors,
+        opacities=opacities,
+        features=jnp.concatenate([colours, projection.depths[:, None]], axis=-1),
+        depths=lax.stop_gradient(projection.depths),
+        extents=_extents(opacities, projection.variances),
+        visible=projection.visible & (opacities >= ALPHA_MIN),
+    )
 
 
 def _colours(
