@@ -142,12 +142,12 @@ _blend.defvjp(_blend_forward, _blend_backward)
 class _Chunk(NamedTuple):
     """The next k splats of g tiles; coordinates are relative to the tile's centre."""
 
-    index: Int[Array, "k g"]  # row of the table, or one past its end
-    x: Float[Array, "k g"]
-    y: Float[Array, "k g"]
-    factors: tuple[Array, Array, Array]  # p, s, r, each (k g)
-    opacity: Float[Array, "k g"]  # 0 past the end of a tile's list
-    features: Float[Array, "k f g"]
+    index: Int[Array, "g k"]  # row of the table, or one past its end
+    x: Float[Array, "g k"]
+    y: Float[Array, "g k"]
+    factors: tuple[Array, Array, Array]  # p, s, r, each (g k)
+    opacity: Float[Array, "g k"]  # 0 past the end of a tile's list
+    features: Float[Array, "g k f"]
 
 
 def _read_chunk(
@@ -159,19 +159,19 @@ def _read_chunk(
     tiles: Int[Array, "g"],
     step: Int[Array, ""],
 ) -> _Chunk:
-    position = begin + step * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)[:, None]
-    listed = position < end
+    position = begin[:, None] + step * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
+    listed = position < end[:, None]
     index = splats[jnp.minimum(position, splats.shape[0] - 1)]
     rows = table[index]
     centre_x = ((tiles % grid.columns) * grid.tile + grid.tile // 2).astype(table.dtype)
     centre_y = ((tiles // grid.columns) * grid.tile + grid.tile // 2).astype(table.dtype)
     return _Chunk(
         index=jnp.where(listed, index, table.shape[0]),
-        x=rows[..., 0] - centre_x,
-        y=rows[..., 1] - centre_y,
+        x=rows[..., 0] - centre_x[:, None],
+        y=rows[..., 1] - centre_y[:, None],
         factors=(rows[..., 2], rows[..., 3], rows[..., 4]),
         opacity=jnp.where(listed, rows[..., 5], 0.0),
-        features=rows[..., _GEOMETRY : rows.shape[-1] - 2 * grid.absolute].transpose(0, 2, 1),
+        features=rows[..., _GEOMETRY : rows.shape[-1] - 2 * grid.absolute],
     )
 
 
@@ -182,24 +182,20 @@ def _pixel_offsets(grid: _Grid, dtype) -> tuple[np.ndarray, np.ndarray]:
     return x.reshape(-1).astype(dtype), y.reshape(-1).astype(dtype)
 
 
-def _offsets(grid: _Grid, chunk: _Chunk) -> tuple[Float[Array, "k g p"], Float[Array, "k g p"]]:
+def _offsets(grid: _Grid, chunk: _Chunk) -> tuple[Float[Array, "g k p"], Float[Array, "g k p"]]:
     """u = dx + s dy and dy of the pixels from the splats' centres."""
     x, y = map(jnp.asarray, _pixel_offsets(grid, chunk.x.dtype))
     dy = y - chunk.y[..., None]
     return x - chunk.x[..., None] + chunk.factors[1][..., None] * dy, dy
 
 
-def _peaks(grid: _Grid, chunk: _Chunk) -> Float[Array, "k g p"]:
-    """opacity * exp(-distance^2 / 2) at every pixel, before both cuts."""
+def _alphas(grid: _Grid, chunk: _Chunk) -> Float[Array, "g k p"]:
+    """opacity * exp(-distance^2 / 2) at every pixel, cut at both ends."""
     u, dy = _offsets(grid, chunk)
     p, _, r = (factor[..., None] for factor in chunk.factors)
     peaks = chunk.opacity[..., None] * jnp.exp(-0.5 * (p * u * u + r * dy * dy))
-    return lax.optimization_barrier(peaks)  # one pass over the chunk, not a part of the loop below
-
-
-def _cut(peaks: Array, alpha_max: float) -> Array:
-    alpha = jnp.minimum(peaks, alpha_max)
-    return jnp.where(alpha >= ALPHA_MIN, alpha, 0.0)
+    alphas = jnp.minimum(peaks, grid.alpha_max)
+    return jnp.where(alphas >= ALPHA_MIN, alphas, 0.0)
 
 
 def _start_transmittance(grid: _Grid, tiles: Int[Array, "g"], dtype) -> Float[Array, "g p"]:
@@ -227,6 +223,10 @@ def _walk(grid: _Grid, starts: Array, tiles: Array, state: tuple, advance) -> tu
     return lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
 
 
+def _at(rows: Float[Array, "g k *c"], k: Int[Array, ""]) -> Float[Array, "g *c"]:
+    return lax.dynamic_index_in_dim(rows, k, axis=1, keepdims=False, allow_negative_indices=False)
+
+
 def _forward(grid: _Grid, table: Array, splats: Array, starts: Array) -> Array:
     channels = table.shape[1] - _GEOMETRY - 2 * grid.absolute + 1
     groups = by_occupancy(starts, grid.group)
@@ -234,20 +234,21 @@ def _forward(grid: _Grid, table: Array, splats: Array, starts: Array) -> Array:
     def blend_group(tiles: Array) -> Array:
         def advance(step: Array, begin: Array, end: Array, state: tuple) -> tuple:
             chunk = _read_chunk(grid, table, splats, begin, end, tiles, step)
-            features = jnp.pad(chunk.features, ((0, 0), (0, 1), (0, 0)), constant_values=1.0)
-            return lax.scan(_blend_one, state, (_peaks(grid, chunk), features))[0]
+            features = jnp.pad(chunk.features, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
+            alphas = _alphas(grid, chunk)
 
-        def _blend_one(state: tuple, splat: tuple) -> tuple:
-            transmittance, blended = state
-            peaks, features = splat
-            alpha = _cut(peaks, grid.alpha_max)
-            remaining = transmittance * (1.0 - alpha)
-            weight = jnp.where(remaining >= TRANSMITTANCE_MIN, alpha * transmittance, 0.0)
-            return (remaining, blended + weight * features[..., None]), None
+            def blend_one(k: Array, state: tuple) -> tuple:
+                transmittance, blended = state
+                alpha = _at(alphas, k)
+                remaining = transmittance * (1.0 - alpha)
+                weight = jnp.where(remaining >= TRANSMITTANCE_MIN, alpha * transmittance, 0.0)
+                return remaining, blended + weight[:, None] * _at(features, k)[..., None]
 
-        blank = jnp.zeros((channels, tiles.shape[0], grid.pixels), table.dtype)
+            return lax.fori_loop(0, _CHUNK, blend_one, state)
+
+        blank = jnp.zeros((tiles.shape[0], channels, grid.pixels), table.dtype)
         state = (_start_transmittance(grid, tiles, table.dtype), blank)
-        return _walk(grid, starts, tiles, state, advance)[1].transpose(1, 0, 2)
+        return _walk(grid, starts, tiles, state, advance)[1]
 
     blended = lax.map(blend_group, groups).reshape(-1, channels, grid.pixels)
     tiles = jnp.zeros((grid.columns * grid.rows + 1, channels, grid.pixels), table.dtype)
@@ -262,60 +263,63 @@ def _backward(
     remainders = grid.to_tiles(jnp.sum(image * cotangent, axis=-1, keepdims=True))[:, 0]
 
     def add_group(gradient: Array, tiles: Array) -> tuple[Array, None]:
-        received = cotangents[tiles].transpose(1, 0, 2)  # (f g p)
+        received = cotangents[tiles]  # (g f p)
 
         def advance(step: Array, begin: Array, end: Array, state: tuple) -> tuple:
-            *pixels, gradient = state
+            *replayed, gradient = state
             chunk = _read_chunk(grid, table, splats, begin, end, tiles, step)
-            replay = functools.partial(_replay_one, grid.alpha_max, received)
-            pixels, (weights, energies) = lax.scan(
-                replay, tuple(pixels), (_peaks(grid, chunk), chunk.features)
-            )
+            replay = functools.partial(_replay_one, grid, _alphas(grid, chunk), chunk, received)
+            replayed = lax.fori_loop(0, _CHUNK, replay, tuple(replayed))
+            _, _, weights, energies = replayed
             rows = _splat_gradients(grid, chunk, weights, energies, received)
             gradient = gradient.at[chunk.index.reshape(-1)].add(
                 rows.reshape(-1, rows.shape[-1]), mode="drop"
             )
-            return (*pixels, gradient)
+            return (*replayed, gradient)
 
         start = _start_transmittance(grid, tiles, table.dtype)
-        state = (start, remainders[tiles], gradient)
-        return _walk(grid, starts, tiles, state, advance)[2], None
+        scratch = jnp.zeros((tiles.shape[0], _CHUNK, grid.pixels), table.dtype)
+        state = (start, remainders[tiles], scratch, scratch, gradient)
+        return _walk(grid, starts, tiles, state, advance)[-1], None
 
     groups = by_occupancy(starts, grid.group)
     return lax.scan(add_group, jnp.zeros_like(table), groups)[0]
 
 
-def _replay_one(alpha_max: float, received: Array, state: tuple, splat: tuple) -> tuple:
-    """One splat of each tile: its weights w and e = a dL/da, both (g p)."""
-    transmittance, remainder = state
-    peaks, features = splat
-    alpha = _cut(peaks, alpha_max)
+def _replay_one(
+    grid: _Grid, alphas: Array, chunk: _Chunk, received: Array, k: Array, state: tuple
+) -> tuple:
+    """Splat k of each tile: writes its weights w and e = a dL/da."""
+    transmittance, remainder, weights, energies = state
+    alpha = _at(alphas, k)
     remaining = transmittance * (1.0 - alpha)
     weight = jnp.where(remaining >= TRANSMITTANCE_MIN, alpha * transmittance, 0.0)
     # The sum is written out: a reduction inside a loop runs one element at a time on CPU.
-    gain = received[-1]
-    for channel, feature in zip(received[:-1], features, strict=True):
-        gain = gain + channel * feature[:, None]
+    gain, features = received[:, -1], _at(chunk.features, k)
+    for f in range(received.shape[1] - 1):
+        gain = gain + received[:, f] * features[:, f, None]
     remainder = remainder - weight * gain
     energy = alpha * (transmittance * gain - remainder / (1.0 - alpha))
-    energy = jnp.where((weight > 0.0) & (peaks <= alpha_max), energy, 0.0)
-    return (remaining, remainder), (weight, energy)
+    energy = jnp.where((weight > 0.0) & (alpha < grid.alpha_max), energy, 0.0)
+    weights = lax.dynamic_update_index_in_dim(weights, weight, k, 1, allow_negative_indices=False)
+    energies = lax.dynamic_update_index_in_dim(energies, energy, k, 1, allow_negative_indices=False)
+    return remaining, remainder, weights, energies
 
 
 def _splat_gradients(
     grid: _Grid,
     chunk: _Chunk,
-    weights: Float[Array, "k g p"],
-    energies: Float[Array, "k g p"],
-    received: Float[Array, "f g p"],
-) -> Float[Array, "k g d"]:
+    weights: Float[Array, "g k p"],
+    energies: Float[Array, "g k p"],
+    received: Float[Array, "g f p"],
+) -> Float[Array, "g k d"]:
     """Rows of the table's cotangent from the weights and energies of one chunk."""
     px, py = _pixel_offsets(grid, weights.dtype)
     monomials = np.stack([np.ones_like(px), px, py, px * px, px * py, py * py], axis=-1)
     moments = energies.reshape(-1, grid.pixels) @ monomials
     moments = jnp.moveaxis(moments.reshape(*chunk.x.shape, 6), -1, 0)
     geometry = geometry_gradients((chunk.x, chunk.y, *chunk.factors, chunk.opacity), moments)
-    of_features = jnp.einsum("kgp,fgp->kgf", weights, received[:-1])
+    of_features = jnp.einsum("gkp,gfp->gkf", weights, received[:, :-1])
     rows = [geometry, of_features]
     if grid.absolute:
         u, dy = _offsets(grid, chunk)

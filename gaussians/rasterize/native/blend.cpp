@@ -34,72 +34,8 @@ struct TileKernels {
                            const float*, Gradient*);
 };
 
-namespace portable {
-#define LANES 8
-static inline bool AnyReaches(const float* a, const float* b) {
-  bool any = false;
-  for (int i = 0; i < LANES; ++i) any |= a[i] >= b[i];
-  return any;
-}
-#define ANY_REACHES(a, b) AnyReaches((const float*)&(a), (const float*)&(b))
-#include "tile.inc"
-#undef ANY_REACHES
-#undef LANES
-}  // namespace portable
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-#define LANES 8
-#define ANY_REACHES(a, b) \
-  (_mm256_movemask_ps(_mm256_cmp_ps((__m256)(a), (__m256)(b), _CMP_GE_OQ)) != 0)
-#include "tile.inc"
-#undef ANY_REACHES
-#undef LANES
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-#endif
-namespace avx512 {
-#define LANES 16
-#define ANY_REACHES(a, b) (_mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_GE_OQ) != 0)
-#include "tile.inc"
-#undef ANY_REACHES
-#undef LANES
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif  // __x86_64__
-
-// The widest kernel that this processor runs.
-const TileKernels& Kernels() {
-  static const TileKernels& kernels = []() -> const TileKernels& {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      return avx512::kKernels;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kKernels;
-#endif
-    return portable::kKernels;
-  }();
-  return kernels;
-}
+#define KERNELS "tile.inc"
+#include "isa.inc"
 
 // Tiles that a thread takes at a time.
 constexpr int kTilesPerTask = 8;

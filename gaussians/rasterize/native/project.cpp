@@ -5,12 +5,19 @@
 #include "project.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "batch.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace splats {
 namespace {
@@ -19,20 +26,20 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Bools = ffi::Buffer<ffi::PRED>;
 
-constexpr int64_t kSplatsPerTask = 2048;
+constexpr int64_t kSplatsPerTask = 1024;
 
-// One element of the leading axes.
-struct Element {
-  View view;
-  const bool* active;
-  const float *means, *log_scales, *quaternions;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kFovMargin = 0.3f;
+constexpr float kMaxLogScale = 10.0f;
+constexpr float kMaxDistance = 1e9f;
+constexpr float kMinNormSquared = 1e-20f;
+constexpr float kMinCompensation = 0.005f;
 
-  // False when splat i is not to be drawn.
-  bool Project(int64_t i, Projector& projector) const {
-    return active[i] &&
-           projector.Project(view, means + 3 * i, log_scales + 3 * i, quaternions + 4 * i);
-  }
-};
+template <int kCount>
+using Columns = std::integral_constant<int, kCount>;
+
+#define KERNELS "project.inc"
+#include "isa.inc"
 
 // The inputs of both calls.
 struct Inputs {
@@ -44,18 +51,24 @@ struct Inputs {
     return (active.dimensions().back() + kSplatsPerTask - 1) / kSplatsPerTask;
   }
 
-  // Calls body(element, its number, number of the part, first splat, end) for parts of the splats.
+  // Calls body(number of the element, number of the part, first splat, end) for parts of the
+  // splats.
   template <class Body>
-  void ForEachPart(ffi::ThreadPool& pool, const LeadingAxes& axes, const Body& body) {
+  void ForEachPart(ffi::ThreadPool& pool, const LeadingAxes& axes, const Body& body) const {
     const int64_t n = active.dimensions().back(), per_element = parts();
     ParallelFor(pool, axes.size() * per_element, [&](int64_t part) {
-      const int64_t b = part / per_element, first = part % per_element * kSplatsPerTask;
-      const View view(axes.At(pose, b), axes.At(intrinsics, b), width, height, *axes.At(blur, b),
-                      *axes.At(near, b), *axes.At(far, b));
-      const Element element{view, axes.At(active, b), axes.At(means, b), axes.At(log_scales, b),
-                            axes.At(quaternions, b)};
-      body(element, b, part, first, std::min(n, first + kSplatsPerTask));
+      const int64_t first = part % per_element * kSplatsPerTask;
+      body(part / per_element, part, first, std::min(n, first + kSplatsPerTask));
     });
+  }
+
+  View view(const LeadingAxes& axes, int64_t b) {
+    return {axes.At(pose, b),  axes.At(intrinsics, b), width,           height,
+            *axes.At(blur, b), *axes.At(near, b),      *axes.At(far, b)};
+  }
+
+  Shapes<const float> shapes(const LeadingAxes& axes, int64_t b) {
+    return {axes.At(means, b), axes.At(log_scales, b), axes.At(quaternions, b)};
   }
 };
 
@@ -69,23 +82,13 @@ ffi::Error Project(ffi::ThreadPool pool, Bools active, Floats means, Floats log_
     Inputs inputs{active, means, log_scales, quaternions, pose,  intrinsics,
                   blur,   near,  far,        width,       height};
     const LeadingAxes axes(*visible, 1);
-    inputs.ForEachPart(
-        pool, axes, [&](const Element& element, int64_t b, int64_t, int64_t first, int64_t end) {
-          float *to_means = axes.At(*means2d, b), *to_factors = axes.At(*factors, b);
-          float *to_variances = axes.At(*variances, b), *to_depths = axes.At(*depths, b);
-          float* to_compensations = axes.At(*compensations, b);
-          bool* to_visible = axes.At(*visible, b);
-          for (int64_t i = first; i < end; ++i) {
-            Projector projector;
-            to_visible[i] = element.Project(i, projector);
-            const Projected result = to_visible[i] ? projector.Result(element.view) : Projected();
-            std::copy_n(result.mean, 2, to_means + 2 * i);
-            std::copy_n(result.factors, 3, to_factors + 3 * i);
-            std::copy_n(result.variances, 2, to_variances + 2 * i);
-            to_depths[i] = result.depth;
-            to_compensations[i] = result.compensation;
-          }
-        });
+    inputs.ForEachPart(pool, axes, [&](int64_t b, int64_t, int64_t first, int64_t end) {
+      const Projected<float> projected{axes.At(*means2d, b), axes.At(*factors, b),
+                                       axes.At(*variances, b), axes.At(*depths, b),
+                                       axes.At(*compensations, b)};
+      Kernels().project(inputs.view(axes, b), first, end, axes.At(inputs.active, b),
+                        inputs.shapes(axes, b), projected, axes.At(*visible, b));
+    });
   });
 }
 
@@ -100,39 +103,21 @@ ffi::Error Unproject(ffi::ThreadPool pool, Bools active, Floats means, Floats lo
     Inputs inputs{active, means, log_scales, quaternions, pose,  intrinsics,
                   blur,   near,  far,        width,       height};
     const LeadingAxes axes(*to_blur, 0);
-    std::vector<ViewGradient> sums(axes.size() * inputs.parts());
-    inputs.ForEachPart(
-        pool, axes,
-        [&](const Element& element, int64_t b, int64_t part, int64_t first, int64_t end) {
-          const float *from_means = axes.At(means2d, b), *from_factors = axes.At(factors, b);
-          const float *from_variances = axes.At(variances, b), *from_depths = axes.At(depths, b);
-          const float* from_compensations = axes.At(compensations, b);
-          float* to_mean = axes.At(*to_means, b) + 3 * first;
-          float* to_scales = axes.At(*to_log_scales, b) + 3 * first;
-          float* to_quaternion = axes.At(*to_quaternions, b) + 4 * first;
-          ViewGradient sum;
-          for (int64_t i = first; i < end; ++i, to_mean += 3, to_scales += 3, to_quaternion += 4) {
-            Projector projector;
-            if (element.Project(i, projector)) {
-              Projected received;
-              std::copy_n(from_means + 2 * i, 2, received.mean);
-              std::copy_n(from_factors + 3 * i, 3, received.factors);
-              std::copy_n(from_variances + 2 * i, 2, received.variances);
-              received.depth = from_depths[i];
-              received.compensation = from_compensations[i];
-              projector.Gradient(element.view, element.means + 3 * i, received, to_mean, to_scales,
-                                 to_quaternion, sum);
-            } else {
-              std::fill_n(to_mean, 3, 0.0f);
-              std::fill_n(to_scales, 3, 0.0f);
-              std::fill_n(to_quaternion, 4, 0.0f);
-            }
-          }
-          sums[part] = sum;
-        });
+    std::vector<ViewGradient<double>> sums(axes.size() * inputs.parts());
+    inputs.ForEachPart(pool, axes, [&](int64_t b, int64_t part, int64_t first, int64_t end) {
+      const Projected<const float> cotangents{axes.At(means2d, b), axes.At(factors, b),
+                                              axes.At(variances, b), axes.At(depths, b),
+                                              axes.At(compensations, b)};
+      const Shapes<float> gradients{axes.At(*to_means, b), axes.At(*to_log_scales, b),
+                                    axes.At(*to_quaternions, b)};
+      sums[part] = Kernels().unproject(inputs.view(axes, b), first, end, axes.At(inputs.active, b),
+                                       inputs.shapes(axes, b), cotangents, gradients);
+    });
     for (int64_t b = 0; b < axes.size(); ++b) {
-      ViewGradient sum;
-      for (int64_t part = 0; part < inputs.parts(); ++part) sum += sums[b * inputs.parts() + part];
+      ViewGradient<double> sum;
+      for (int64_t part = b * inputs.parts(); part < (b + 1) * inputs.parts(); ++part) {
+        sum.Add(sums[part], [](double number) { return number; });
+      }
       float* pose_rows = axes.At(*to_pose, b);
       std::copy_n(&sum.pose[0][0], 12, pose_rows);
       std::fill_n(pose_rows + 12, 4, 0.0f);
