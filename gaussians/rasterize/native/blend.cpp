@@ -1,9 +1,9 @@
 // Blends depth-sorted Gaussian splats into an image, and its gradient, as two XLA FFI calls for
 // CPU.
 //
-// What jax.vmap maps over is worked on one after the other. Between two runs not a bit differs,
-// however many threads there are: every pair of a splat and a tile has a gradient of its own, and a
-// splat sums those of its pairs in a fixed order.
+// What jax.vmap maps over is worked on side by side, as far as there are threads. Between two runs
+// not a bit differs, however many there are: every pair of a splat and a tile has a gradient of its
+// own, and a splat sums those of its pairs in a fixed order.
 
 #include <algorithm>
 #include <cmath>
@@ -123,7 +123,7 @@ ffi::Error Blend(ffi::ThreadPool pool, Floats means2d, Floats factors, Floats op
     Inputs inputs{means2d, factors, opacities, features, depths, extents, visible};
     const LeadingAxes axes(*alpha, 2);
     const Image image = ImageOf(alpha->dimensions());
-    for (int64_t b = 0; b < axes.size(); ++b) {
+    ParallelFor(pool, axes.size(), [&](int64_t b) {
       const Bins bins = MakeBins(pool, inputs.screen(axes, b), image);
       const Planes<float> planes{axes.At(*colours, b), axes.At(*depth, b), axes.At(*alpha, b)};
       ForEachTile(pool, image.tiles(), [&](int t) {
@@ -134,7 +134,7 @@ ffi::Error Blend(ffi::ThreadPool pool, Floats means2d, Floats factors, Floats op
                         channels);
         Paste(image, tile, channels, planes);
       });
-    }
+    });
   });
 }
 
@@ -152,7 +152,7 @@ ffi::Error Unblend(ffi::ThreadPool pool, Floats means2d, Floats factors, Floats 
     const int64_t n = depths.dimensions().back();
     const bool absolute = to_absolute->element_count() > 0;
     const auto unblend = absolute ? Kernels().unblend_absolute : Kernels().unblend;
-    for (int64_t b = 0; b < axes.size(); ++b) {
+    ParallelFor(pool, axes.size(), [&](int64_t b) {
       const Bins bins = MakeBins(pool, inputs.screen(axes, b), image);
       const Planes<const float> outputs{axes.At(colours, b), axes.At(depth, b), axes.At(alpha, b)};
       const Planes<const float> cotangents{
@@ -188,7 +188,7 @@ ffi::Error Unblend(ffi::ThreadPool pool, Floats means2d, Floats factors, Floats 
           if (absolute) std::copy_n(sum + 6 + kFeatures, 2, absolute_row + 2 * i);
         }
       });
-    }
+    });
   });
 }
 
