@@ -31,10 +31,13 @@ TEST = [
     "hypothesis>=6.100",
     "scikit-image>=0.24",
     "plyfile>=1.0",
-    "gsply>=0.2",
+    "gsply>=0.4.6",
+    "gaussforge>=0.6",
+    "pygltflib>=1.16",
     "jaxtyping>=0.3",
     "beartype>=0.20",
 ]
+FORMATS = ["gsply>=0.4.6"]
 PARITY = ["torch==2.13.0", "diffusers>=0.35", "gsplat==1.5.3"]
 DEV = ["ruff>=0.9", "pyright>=1.1.400", "pre-commit>=4", "clang-format>=21"]
 
@@ -64,10 +67,16 @@ setup(
         "absl-py>=2.1",
         "ml_collections>=1.0",
         "jaxtyping>=0.3",
+        "matplotlib>=3.8",
         "pillow>=10",
         "imageio[ffmpeg]>=2.34",
     ],
-    extras_require={"test": TEST, "dev": TEST + DEV, "parity": TEST + PARITY},
+    extras_require={
+        "formats": FORMATS,
+        "test": TEST,
+        "dev": TEST + DEV,
+        "parity": TEST + PARITY,
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "License :: OSI Approved :: Apache Software License",

@@ -8,8 +8,9 @@ import logging as stdlib_logging
 import os
 import pathlib
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -89,6 +90,30 @@ def profile(workdir: str | os.PathLike[str]) -> contextlib.AbstractContextManage
     if _PROFILE.value:
         return jax.profiler.trace(os.path.join(workdir, "profile"))
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop at the next good moment.
+
+    Yields a function that returns the number of the signal, 0 as long as none came. A second
+    signal acts as if the first one had not been held back.
+    """
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+        logging.warning("Stopping after this step; a second signal stops at once.")
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _checked(main: Callable[[], None]) -> None:

@@ -6,7 +6,11 @@ fits deforming Gaussians to the dynamic and the static orbit in DIR (the publish
 and writes into OUT: `asset.npz` (everything, for `gaussians.io.load_asset`), `point_cloud.ply` (the
 splats at t = 0), `orbit.mp4` (along the orbit while time runs), `novel.mp4` (from the side),
 `comparison.png` (frames above their renders) and `report.json`. Front frames in DIR are never
-trained on: they are held out to judge the motion by.
+trained on: they are held out to judge the motion by. `--export=spz,glb` writes the splats in further
+formats, `--frames=ply` all timestamps (`frames/0000.ply`, ...).
+
+Ctrl-C and SIGTERM save `snapshot.npz` first, as every few hundred steps do; the same command then
+goes on from there, and ends with the asset that an uninterrupted run would have made.
 """
 
 import dataclasses
@@ -15,7 +19,7 @@ import math
 import sys
 import time
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,11 @@ from d4d_jax import media, metrics
 from d4d_jax.cameras import Camera
 from d4d_jax.clips import OrbitClip, read_clip
 from experiments import cli
-from gaussians import io
+from gaussians import captures, io
 from gaussians.asset import Asset
+from gaussians.evaluation import Rendered, render_views, score
 from gaussians.reconstruct import Progress, ReconstructConfig, reconstruct
+from gaussians.snapshot import FileKeeper, Interrupted, Keeper
 
 _VIEWS = ("dynamic", "static", "front")
 _COLUMNS = 8
@@ -42,18 +48,42 @@ def main() -> None:
     size = (options.size, options.size) if options.size else None
     clip = read_clip(options.clip, size=size)
     config = to_config(options.config)
-    workdir = cli.claim_workdir(options.workdir, outputs(), overwrite=options.overwrite)
+    formats = [f".{name}" for name in options.export]
+    frames = f".{options.frames}" if options.frames else None
+    for suffix in [*formats, *filter(None, [frames])]:
+        io.check_format(suffix)
+    further = [*(f"point_cloud{suffix}" for suffix in formats), *(["frames"] if frames else [])]
+    names = (*outputs(), *further)
+    workdir = cli.claim_workdir(options.workdir, names, overwrite=options.overwrite)
     cli.log_devices()
-    with cli.profile(workdir):
-        asset, seconds = fit(clip, config, options.seed)
+    with cli.profile(workdir), cli.stop_requests() as stop_signal:
+        keeper = FileKeeper(
+            workdir / "snapshot.npz", options.snapshot_every, lambda: stop_signal() > 0
+        )
+        if options.overwrite:
+            keeper.discard()
+        try:
+            asset, seconds = fit(clip, config, options.seed, keeper)
+        except Interrupted as stop:
+            logging.warning("%s The same command goes on from there.", stop)
+            sys.exit(128 + stop_signal())
+    for suffix in formats:
+        io.export(workdir / f"point_cloud{suffix}", asset)
+    if frames:
+        times = clip.timestamps
+        io.export_sequence(workdir / "frames", asset, times, suffix=frames, overwrite=True)
     report = write_results(asset, clip, workdir, seconds=seconds)
+    keeper.discard()
     logging.info("Wrote %s: %s", workdir, json.dumps(report))
 
 
-def fit(clip: OrbitClip, config: ReconstructConfig, seed: int) -> tuple[Asset, float]:
-    """Reconstructs with progress shown; returns the asset and the seconds it took."""
+def fit(
+    clip: OrbitClip, config: ReconstructConfig, seed: int, keeper: Keeper | None = None
+) -> tuple[Asset, float]:
+    """Reconstructs with progress shown; returns the asset and the seconds this process took."""
     begin = time.monotonic()
-    asset = reconstruct(clip, config, jax.random.key(seed), callback=ProgressLine())
+    key = jax.random.key(seed)
+    asset = reconstruct(clip, config, key, callback=ProgressLine(), keeper=keeper)
     return asset, time.monotonic() - begin
 
 
@@ -92,7 +122,8 @@ def write_results(
 
     Returns:
         The report. `psnr` (dB) and `ssim` are means over the frames of a view set, None for a set
-        that the clip lacks. `alpha_iou` compares silhouettes, where the clip has alpha.
+        that the clip lacks. `alpha_iou` compares silhouettes and `floaters` is the share of the
+        rendered alpha outside the true ones, where the clip has alpha.
         `front_unseen` judges the motion: PSNR over the front frames that are no frames of the
         orbit (a closed orbit ends where it began), and what the first static frame held still
         reaches on them, the best that an asset without motion could do.
@@ -100,18 +131,17 @@ def write_results(
     (workdir / "report.json").unlink(missing_ok=True)  # It stands for a complete set of files.
     io.save_asset(workdir / "asset.npz", asset)
     io.write_ply(workdir / "point_cloud.ply", asset.at(0.0))
-    renders = {view: _render_view(asset, clip, view) for view in _VIEWS}
-    media.write_video(workdir / orbit, renders["dynamic"][0])
+    capture = captures.of_clip(clip, asset.meta["static_time"] or 0.0)
+    renders = {name: render_views(asset, views) for name, views in capture.sets.items()}
+    media.write_video(workdir / orbit, renders["dynamic"].rgb)
     side = _repeated(clip.camera, (clip.num_frames - 1) // 4, clip.num_frames)
     media.write_video(workdir / "novel.mp4", asset.render_video(side, clip.timestamps))
-    present = [view for view in _VIEWS if getattr(clip, view) is not None]
-    rows = [frames for view in present for frames in (getattr(clip, view), renders[view][0])]
+    rows = [rgb for name, views in capture.sets.items() for rgb in (views.rgb, renders[name].rgb)]
     media.write_image(workdir / "comparison.png", media.contact_sheet(rows, _COLUMNS))
+    scores = {name: score(renders[name], views) for name, views in capture.sets.items()}
     report = {
-        "psnr": _scores(clip, renders, lambda c, v, r: metrics.psnr(r[0], getattr(c, v))),
-        "ssim": _scores(clip, renders, lambda c, v, r: metrics.ssim(r[0], getattr(c, v))),
-        "alpha_iou": _scores(clip, renders, _alpha_iou),
-        "front_unseen": _front_unseen(clip, renders["front"][0]),
+        **{key: _means(scores, key) for key in ("psnr", "ssim", "alpha_iou", "floaters")},
+        "front_unseen": _front_unseen(clip, renders.get("front")),
         "seconds": round(seconds, 1),
         "splats": asset.meta["splats"],
         "steps": asset.meta["steps"],
@@ -160,24 +190,17 @@ def _to_dataclass(kind: type, values: Mapping[str, Any]) -> Any:
     for name in values:
         if name not in kinds:
             raise ValueError(f"{name!r} is no field of {kind.__name__}; it has {', '.join(kinds)}.")
-    nested = {k: v for k, v in values.items() if dataclasses.is_dataclass(kinds[k])}
+    kinds = {k: _without_none(kind) for k, kind in kinds.items()}
+    nested = {
+        k: v for k, v in values.items() if dataclasses.is_dataclass(kinds[k]) and v is not None
+    }
     return kind(**values | {k: _to_dataclass(kinds[k], v) for k, v in nested.items()})
 
 
-def _render_view(
-    asset: Asset, clip: OrbitClip, view: str
-) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    """Colour (t, h, w, 3) and alpha (t, h, w) as a view set shows them; None if it is absent."""
-    if getattr(clip, view) is None:
-        return None, None
-    camera, times = clip.camera, np.asarray(clip.timestamps)
-    if view == "front":
-        camera = _repeated(camera, 0, clip.num_frames)
-    if view == "static":
-        times = np.full(clip.num_frames, asset.meta["static_time"])
-    renders = [asset.render(camera[i], float(times[i])) for i in range(clip.num_frames)]
-    rgb = np.stack([np.asarray(render.rgb) for render in renders])
-    return np.clip(rgb, 0, 1), np.stack([np.asarray(render.alpha) for render in renders])
+def _without_none(kind: Any) -> Any:
+    """X of `X | None`, any other type as it is."""
+    members = [member for member in typing.get_args(kind) if member is not type(None)]
+    return members[0] if len(members) == 1 and type(None) in typing.get_args(kind) else kind
 
 
 def _repeated(camera: Camera, index: int, times: int) -> Camera:
@@ -185,14 +208,11 @@ def _repeated(camera: Camera, index: int, times: int) -> Camera:
     return jax.tree.map(lambda leaf: np.repeat(leaf[None], times, axis=0), one)
 
 
-def _scores(
-    clip: OrbitClip, renders: Mapping[str, Any], score: Callable[..., Any]
-) -> dict[str, float | None]:
-    scores: dict[str, float | None] = {}
-    for view in _VIEWS:
-        values = None if getattr(clip, view) is None else score(clip, view, renders[view])
-        scores[view] = None if values is None else _mean(values)
-    return scores
+def _means(scores: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float | None]:
+    """The mean of one score over the frames of every view set; None where there is none."""
+    return {
+        view: _mean(scores[view][key]) if key in scores.get(view, {}) else None for view in _VIEWS
+    }
 
 
 def _mean(values: Any) -> float:
@@ -207,14 +227,9 @@ def _mean(values: Any) -> float:
     return round(mean, 4)
 
 
-def _alpha_iou(clip: OrbitClip, view: str, render: tuple[np.ndarray, np.ndarray]) -> Any:
-    truth = getattr(clip, f"{view}_alpha")
-    return None if truth is None else metrics.alpha_iou(render[1], truth)
-
-
-def _front_unseen(clip: OrbitClip, render: np.ndarray | None) -> dict[str, float] | None:
+def _front_unseen(clip: OrbitClip, render: Rendered | None) -> dict[str, float] | None:
     """PSNR of the front frames from which no orbit frame was taken; None without such frames."""
-    if clip.front is None or clip.static is None:
+    if render is None or clip.static is None:
         return None
     poses = np.asarray(clip.camera.world_to_camera)
     unseen = ~np.isclose(poses, poses[0], atol=1e-5).all(axis=(1, 2))
@@ -222,14 +237,19 @@ def _front_unseen(clip: OrbitClip, render: np.ndarray | None) -> dict[str, float
         return None
     truth = np.asarray(clip.front)[unseen]
     still = np.broadcast_to(np.asarray(clip.static)[:1], truth.shape)
-    scores = {"psnr": render[unseen], "hold_still": still}
+    scores = {"psnr": render.rgb[unseen], "hold_still": still}
     return {name: _mean(metrics.psnr(frames, truth)) for name, frames in scores.items()}
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("clip", None, "Folder of the clip, in the published layout.", required=True)
     flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
-    flags.DEFINE_bool("overwrite", False, "Replace the results of a finished run.")
+    flags.DEFINE_bool("overwrite", False, "Start anew and replace the results of an earlier run.")
+    flags.DEFINE_list("export", [], "Further formats of the splats at t = 0: spz, glb.")
+    flags.DEFINE_enum(
+        "frames", None, ["ply", "spz", "glb"], "Also writes every timestamp into WORKDIR/frames."
+    )
+    flags.DEFINE_integer("snapshot_every", 500, "Steps between two snapshots.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Places the first splats and orders the views.")
     flags.DEFINE_integer(
         "size", 0, "Pixels a side to resize the clip to; 0 keeps its size.", lower_bound=0

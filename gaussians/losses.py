@@ -26,6 +26,7 @@ class LossWeights:
         depth: edge-aware depth smoothness.
         plane_tv, time_smoothness, time_l1: regularisers of the HexPlane field.
         lifespan: distance of the opacity curves from where they started.
+        arap, acceleration: regularisers of the control points' motion.
     """
 
     l1: float = 0.8
@@ -36,6 +37,8 @@ class LossWeights:
     time_smoothness: float = 1e-2
     time_l1: float = 1e-4
     lifespan: float = 1e-3
+    arap: float = 1.0
+    acceleration: float = 0.3
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -7,19 +7,20 @@ and image size.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from d4d_jax import pytree
-from d4d_jax.cameras import Camera
 from d4d_jax.clips import Color
-from d4d_jax.typing import Alpha, AnyArray, Frames, PyTree
+from d4d_jax.typing import PyTree
 from gaussians import losses
+from gaussians.captures import Views
 from gaussians.deformation import Deformation
-from gaussians.densify import AdaptiveDensity, GradientStatistics, move_moments
+from gaussians.densify import DensityStrategy, GradientStatistics, move_moments
 from gaussians.projection import BLUR
 from gaussians.rasterize import Probe, rasterize
 from gaussians.types import Splats
@@ -38,6 +39,7 @@ class LearningRates:
         planes: features of a HexPlane.
         network: kernels and biases of its decoder.
         curves: opacity logits of `lifespan`.
+        nodes: where control points are, how far they reach, and how they move.
     """
 
     means: float = 5e-4
@@ -48,6 +50,7 @@ class LearningRates:
     planes: float = 3e-3
     network: float = 1e-3
     curves: float = 0.1
+    nodes: float = 1.5e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,36 +61,23 @@ class StepSettings:
         deformation: the field; None renders the canonical splats whatever the timestamp.
         weights: of the losses.
         rates: of the parameter groups.
+        density: its penalties are part of the loss, its noise part of the step.
         background: colour behind the object, in [0, 1].
         pairs: capacity of the rasterizer's list of (tile, splat) pairs.
         blur: screen-space blur, px^2.
+        sh_degree: bands of the colour that are used; None uses all that the splats have.
         implementation: of the rasterizer; None chooses.
     """
 
     deformation: Deformation | None
     weights: losses.LossWeights
     rates: LearningRates
+    density: DensityStrategy
     background: Color
     pairs: int | None = None
     blur: float = BLUR
+    sh_degree: int | None = None
     implementation: str | None = None
-
-
-@pytree.dataclass
-class Views:
-    """Frames to fit, leading axis v.
-
-    Attributes:
-        rgb: (v, h, w, 3) in [0, 1].
-        alpha: (v, h, w) in [0, 1], or None when unknown.
-        camera: of every frame.
-        timestamps: (v,) in [0, 1].
-    """
-
-    rgb: Frames
-    alpha: Alpha | None
-    camera: Camera
-    timestamps: AnyArray
 
 
 @pytree.dataclass
@@ -117,16 +107,16 @@ class StepReport:
     """How a step went.
 
     Attributes:
-        loss: weighted sum.
-        mse: mean squared colour error of the view.
-        overflow: pairs that did not fit the rasterizer's list.
+        loss: weighted sum, mean over the views.
+        mse: mean squared colour error, likewise.
+        overflow: pairs that did not fit the rasterizer's list, of the worst view.
         radii: of the splats on the screen, pixels; 0 where not visible.
     """
 
     loss: Float[Array, ""]
     mse: Float[Array, ""]
     overflow: Int[Array, ""]
-    radii: Float[Array, "n"]
+    radii: Float[Array, "*b n"]
 
 
 def optimizer(rates: LearningRates) -> optax.GradientTransformation:
@@ -172,6 +162,7 @@ def view_loss(
         implementation=settings.implementation,
         capacity=settings.pairs,
         blur=settings.blur,
+        sh_degree=settings.sh_degree,
         probe=probe,
     )
     target = views.rgb[index]
@@ -184,33 +175,74 @@ def view_loss(
         terms["depth"] = losses.depth_smoothness(render.depth, render.alpha, target)
     if field is not None:
         terms |= field.regularization(params["deformation"])
-    loss = losses.weighted_sum(terms, weights)
+    penalties = settings.density.regularization(splats).values()
+    loss = losses.weighted_sum(terms, weights) + sum(penalties, jnp.zeros(()))
     mse = jnp.mean((render.rgb - target) ** 2)
     return loss, StepReport(loss=loss, mse=mse, overflow=render.overflow, radii=render.radii)
+
+
+def batch_loss(
+    params: PyTree,
+    probes: Probe,
+    active: Bool[Array, "n"],
+    views: Views,
+    indices: Int[Array, "b"],
+    settings: StepSettings,
+) -> tuple[Float[Array, ""], StepReport]:
+    """The mean of `view_loss` over several views, which have a probe each (leading axis b)."""
+
+    def one(index: Int[Array, ""], probe: Probe) -> tuple[Float[Array, ""], StepReport]:
+        return view_loss(params, probe, active, views, index, settings)
+
+    if indices.shape[0] == 1:  # spares a single view the batching of everything
+        batched = jax.tree.map(
+            lambda leaf: leaf[None], one(indices[0], jax.tree.map(lambda leaf: leaf[0], probes))
+        )
+    else:
+        batched = jax.vmap(one)(indices, probes)
+    loss, report = batched
+    merged = StepReport(
+        loss=report.loss.mean(),
+        mse=report.mse.mean(),
+        overflow=report.overflow.max(),
+        radii=report.radii,
+    )
+    return loss.mean(), merged
 
 
 @functools.partial(jax.jit, static_argnames=("settings",), donate_argnames=("state",))
 def step(
     state: TrainState,
     views: Views,
-    index: Int[Array, ""],
+    indices: Int[Array, "b"],
     rate: Float[Array, ""],
+    key: PRNGKeyArray,
     *,
     settings: StepSettings,
 ) -> tuple[TrainState, StepReport]:
-    """One step of Adam on view `index`, with all learning rates multiplied by `rate`.
+    """One step of Adam on the views `indices`, with all learning rates multiplied by `rate`.
+
+    The density strategy then shakes the splats, by `key`.
 
     The state is donated. When the rasterizer's pair list overflowed, or the loss is not finite, the
     returned state equals the given one and the report says so: the caller repeats the step with
     more capacity, or stops.
     """
-    probe = Probe.zeros(state.active.shape[0])
-    (_, report), (grads, pulls) = jax.value_and_grad(view_loss, argnums=(0, 1), has_aux=True)(
-        state.params, probe, state.active, views, index, settings
+    batch = indices.shape[0]
+    density = settings.density
+    probe = Probe.zeros(state.active.shape[0], absolute=density.absolute)
+    probes = jax.tree.map(lambda zeros: jnp.broadcast_to(zeros, (batch, *zeros.shape)), probe)
+    (_, report), (grads, pulls) = jax.value_and_grad(batch_loss, argnums=(0, 1), has_aux=True)(
+        state.params, probes, state.active, views, indices, settings
     )
     updates, moments = optimizer(settings.rates).update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
-    statistics = state.statistics.add(pulls.mean2d, report.radii > 0)
+    splats = Splats(**params["splats"], active=state.active)
+    peaks = _peak_opacities(settings.deformation, params["deformation"], splats)
+    splats = density.perturb(key, splats, rate * settings.rates.means, peaks)
+    params = params | {"splats": splats.parameters}
+    pull = pulls.absolute if density.absolute else pulls.mean2d
+    statistics = state.statistics.add(batch * pull, report.radii > 0)
     proposed = dataclasses.replace(
         state,
         params=params,
@@ -221,11 +253,13 @@ def step(
     return jax.tree.map(lambda new, old: jnp.where(good, new, old), proposed, state), report
 
 
-def densify(
-    state: TrainState, key: jax.Array, number: int, *, density: AdaptiveDensity, field: Deformation
-) -> TrainState:
-    """Clones, splits and prunes after step `number`; field and optimizer follow the splats."""
-    refined = density.refine(key, state.splats, state.statistics.mean, jnp.asarray(number))
+def refine(
+    state: TrainState, key: jax.Array, number: int, *, density: DensityStrategy, field: Deformation
+) -> tuple[TrainState, Any]:
+    """Refines after step `number`; field and optimizer follow the splats. Also gives the report."""
+    peaks = _peak_opacities(field, state.params["deformation"], state.splats)
+    mean = state.statistics.mean
+    refined = density.refine(key, state.splats, mean, jnp.asarray(number), peaks)
     rows = refined.rows
 
     def moved(moments: PyTree) -> PyTree:
@@ -235,15 +269,22 @@ def densify(
         }
 
     field_params = field.gather(state.params["deformation"], rows.source)
-    return TrainState(
+    refined_state = TrainState(
         params={"splats": refined.splats.parameters, "deformation": field_params},
         active=refined.splats.active,
         optimizer=move_moments(state.optimizer, state.params, moved),
         statistics=GradientStatistics.create(len(refined.splats)),
     )
+    return refined_state, refined.report
 
 
-def reset_opacity(state: TrainState, *, density: AdaptiveDensity) -> TrainState:
+def _peak_opacities(
+    field: Deformation | None, params: PyTree, splats: Splats
+) -> Float[Array, "n"] | None:
+    return None if field is None else field.peak_opacities(params, splats)
+
+
+def reset_opacity(state: TrainState, *, density: DensityStrategy) -> TrainState:
     """Cuts all opacities down; their moments start anew, those of everything else go on."""
     splats = density.reset_opacity(state.splats)
 
@@ -263,7 +304,7 @@ def _group(path: tuple) -> str:
     keys = [str(getattr(entry, "key", "")) for entry in path]
     if keys[0] == "splats":
         return keys[1]
-    for group in ("planes", "curves"):
+    for group in ("planes", "curves", "nodes"):
         if group in keys:
             return group
-    return "network"
+    return "nodes" if "poses" in keys else "network"

@@ -1,5 +1,6 @@
-"""What a reconstruction derives from a clip before its first step: views, and first splats."""
+"""What a reconstruction derives from its frames before the first step: views, first splats."""
 
+import dataclasses
 import functools
 import logging
 import math
@@ -10,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from d4d_jax.clips import OrbitClip
+from d4d_jax.cameras import Camera
+from d4d_jax.clips import Color, OrbitClip
 from d4d_jax.typing import PyTree
 from gaussians import initialize
+from gaussians.captures import Capture, Views
+from gaussians.deformation import Deformation
 from gaussians.deformation.lifespan import Lifespan
-from gaussians.optimization import Views
 from gaussians.types import Splats
 
 _LOGGER = logging.getLogger(__name__)
@@ -22,29 +25,16 @@ _LOGGER = logging.getLogger(__name__)
 #: A pixel belongs to the object where its colour is this far from the background (8-bit steps).
 _FOREGROUND = 4 / 255
 
+#: So many views of one instant make a hull that resembles the object.
+_MIN_HULL_VIEWS = 4
 
-def views_of(clip: OrbitClip, static_time: float, scale: float = 1.0) -> Views:
-    """The dynamic frames, then the static ones if there are any, at a fraction of the resolution.
 
-    Static frames get the timestamp `static_time`. The front frames are left out: they are held out
-    for evaluation.
-    """
-    if scale != 1:
-        clip = clip.resized(round(clip.camera.width * scale), round(clip.camera.height * scale))
-    rgb, alpha = [clip.dynamic], [clip.dynamic_alpha]
-    times = [np.asarray(clip.timestamps, np.float32)]
-    cameras = [clip.camera]
-    if clip.static is not None:
-        rgb, alpha = [*rgb, clip.static], [*alpha, clip.static_alpha]
-        times.append(np.full(len(clip.camera), static_time, np.float32))
-        cameras.append(clip.camera)
-    has_alpha = all(masks is not None for masks in alpha)
-    return Views(
-        rgb=jnp.concatenate([jnp.asarray(frames) for frames in rgb]),
-        alpha=jnp.concatenate([jnp.asarray(masks) for masks in alpha]) if has_alpha else None,
-        camera=jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *cameras),
-        timestamps=jnp.concatenate(times),
-    )
+def views_of(capture: Capture, scale: float = 1.0) -> Views:
+    """The moving frames, then the still ones if there are any, at a fraction of the resolution."""
+    parts = [v.resized(scale) for v in (capture.moving, capture.still) if v is not None]
+    if any(views.alpha is None for views in parts):
+        parts = [dataclasses.replace(views, alpha=None) for views in parts]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def find_static_time(clip: OrbitClip) -> float:
@@ -65,41 +55,58 @@ def find_static_time(clip: OrbitClip) -> float:
 
 
 def silhouettes(
-    rgb: Float[Any, "t h w 3"], alpha: Float[Any, "t h w"] | None, clip: OrbitClip
+    rgb: Float[Any, "t h w 3"], alpha: Float[Any, "t h w"] | None, background: Color
 ) -> Float[np.ndarray, "t h w"]:
     """The alpha of frames, or 1 where their colour differs from the background."""
     if alpha is not None:
         return np.asarray(alpha, np.float32)
-    difference = np.abs(np.asarray(rgb) - np.asarray(clip.background, np.float32)).max(axis=-1)
+    difference = np.abs(np.asarray(rgb) - np.asarray(background, np.float32)).max(axis=-1)
     return (difference > _FOREGROUND).astype(np.float32)
 
 
 def first_splats(
-    clip: OrbitClip, num_splats: int, capacity: int, sh_degree: int, key: jax.Array
+    capture: Capture, num_splats: int, capacity: int, sh_degree: int, key: jax.Array
 ) -> Splats:
-    """Splats of the static pose.
+    """Splats of the object at rest.
 
-    From the visual hull of the static orbit; without one, from the part of space that at least
-    three quarters of the dynamic silhouettes agree on; and if nothing is left of either, uniform in
-    a cube.
+    From the visual hull of the still frames, or of the first instant where at least
+    `_MIN_HULL_VIEWS` cameras saw it; else from the part of space that at least three quarters of
+    the moving silhouettes agree on; and if nothing is left of either, uniform in a cube.
     """
-    frames, alpha, tolerance = clip.static, clip.static_alpha, 0
-    if frames is None:
-        frames, alpha, tolerance = clip.dynamic, clip.dynamic_alpha, clip.num_frames // 4
+    views, tolerance = _hull_views(capture)
     options: dict[str, Any] = {"capacity": capacity, "sh_degree": sh_degree, "key": key}
     try:
         return initialize.visual_hull(
-            np.asarray(frames),
-            silhouettes(frames, alpha, clip),
-            clip.camera,
+            np.asarray(views.rgb),
+            silhouettes(views.rgb, views.alpha, capture.background),
+            views.camera,
             num_splats=num_splats,
             tolerance=tolerance,
-            resolution=_hull_resolution(clip),
+            resolution=_hull_resolution(views.camera),
             **options,
         )
     except initialize.EmptyHull as error:
         _LOGGER.warning("%s Starting from a random cube instead.", error)
         return initialize.random_cube(num_splats, **options)
+
+
+def _hull_views(capture: Capture) -> tuple[Views, int]:
+    """The frames to carve the first hull from, and how many of them may miss a point."""
+    if capture.still is not None:
+        return capture.still, 0
+    first = np.asarray(capture.moving.timestamps) == capture.instants[0]
+    if first.sum() >= _MIN_HULL_VIEWS:
+        return capture.moving[first], 0
+    return capture.moving, len(capture.moving) // 4
+
+
+def count_outside(splats: Splats, field: Deformation) -> int:
+    """How many splats lie where a field has no features of its own (beyond its `bound`)."""
+    bound = getattr(getattr(field, "base", field), "bound", None)
+    if bound is None:
+        return 0
+    outside = np.any(np.abs(np.asarray(splats.means)) > bound, axis=-1)
+    return int((outside & np.asarray(splats.active)).sum())
 
 
 def pose_windows(clip: OrbitClip, num_windows: int) -> list[tuple[int, int, float]]:
@@ -111,8 +118,8 @@ def pose_windows(clip: OrbitClip, num_windows: int) -> list[tuple[int, int, floa
     """
     if clip.static is None or clip.dynamic is None or num_windows < 1:
         return []
-    moving = silhouettes(clip.dynamic, clip.dynamic_alpha, clip) > 0.5
-    still = silhouettes(clip.static, clip.static_alpha, clip) > 0.5
+    moving = silhouettes(clip.dynamic, clip.dynamic_alpha, clip.background) > 0.5
+    still = silhouettes(clip.static, clip.static_alpha, clip.background) > 0.5
     common = (moving & still).sum(axis=(1, 2))
     mismatch = 1 - common / np.maximum((moving | still).sum(axis=(1, 2)), 1)
     chunks = np.array_split(np.arange(clip.num_frames), num_windows)
@@ -186,7 +193,7 @@ def _window_hull(
 ) -> Splats | None:
     """Splats on the hull of a window of the dynamic orbit; None where the silhouettes disagree."""
     frames = np.asarray(clip.dynamic)
-    masks = silhouettes(frames, clip.dynamic_alpha, clip)
+    masks = silhouettes(frames, clip.dynamic_alpha, clip.background)
     try:
         return initialize.visual_hull(
             frames[window],
@@ -194,7 +201,7 @@ def _window_hull(
             clip.camera[window],
             num_splats=num_splats,
             tolerance=tolerance,
-            resolution=_hull_resolution(clip),
+            resolution=_hull_resolution(clip.camera),
             sh_degree=sh_degree,
             opacity=opacity,
             key=jax.random.fold_in(key, window.start),
@@ -205,15 +212,15 @@ def _window_hull(
 
 def _left_behind(splats: Splats, clip: OrbitClip, first: int, last: int) -> Bool[jax.Array, "n"]:
     """Which splats lie outside of more than one silhouette of some dynamic frames."""
-    masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip)[first : last + 1] > 0.5
+    masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip.background)[first : last + 1] > 0.5
     camera = jax.tree.map(np.asarray, clip.camera[first : last + 1])
     inside = initialize.carve(np.asarray(splats.means, np.float32), masks, camera, tolerance=1)
     return jnp.asarray(splats.active) & ~jnp.asarray(inside)
 
 
-def _hull_resolution(clip: OrbitClip) -> int:
+def _hull_resolution(camera: Camera) -> int:
     """Voxels along the object: about one per pixel of a frame it fills, within reason."""
-    return min(144, max(24, clip.camera.width))
+    return min(144, max(24, camera.width))
 
 
 def _coverage(body: Splats, clip: OrbitClip, first: int, last: int, cells: int = 16) -> float:
@@ -221,7 +228,7 @@ def _coverage(body: Splats, clip: OrbitClip, first: int, last: int, cells: int =
 
     Judged on a grid of `cells` x `cells` over the image; mean over the frames.
     """
-    masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip)
+    masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip.background)
     points, size = np.asarray(body.means), np.array([clip.camera.width, clip.camera.height])
     covered = []
     for i in range(first, last + 1):

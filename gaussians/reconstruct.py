@@ -15,6 +15,8 @@ each instant is seen from one side only:
 import collections
 import dataclasses
 import functools
+import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -26,8 +28,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from d4d_jax.clips import OrbitClip
-from gaussians import preparation
+from gaussians import densify, preparation
 from gaussians.asset import Asset, pair_capacity
+from gaussians.captures import Capture, of_clip
 from gaussians.deformation import Deformation, build
 from gaussians.deformation.lifespan import Lifespan
 from gaussians.densify import AdaptiveDensity
@@ -38,49 +41,21 @@ from gaussians.optimization import (
     StepSettings,
     TrainState,
     create_state,
-    densify,
+    refine,
     reset_opacity,
     step,
 )
 from gaussians.projection import BLUR
 from gaussians.rasterize import chosen
+from gaussians.snapshot import Interrupted, Keeper, Snapshot, digest, flatten, restore
+from gaussians.stages import Stage, view_order
+
+_LOGGER = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """How many steps on which views.
-
-    Attributes:
-        steps: number of steps, one view each; 0 leaves the stage out.
-        static_fraction: share of the steps on static views, in [0, 1]. Without a static orbit all
-            steps take dynamic views.
-        low_steps: how many of the steps, the first ones, are at low resolution.
-        low_scale: the low resolution over the full one.
-        start_rate: factor on all learning rates at the first step.
-        end_rate: the same at the last step; exponential in between.
-        curriculum: opens the frames of the clip one after the other over this share of the stage.
-    """
-
-    steps: int
-    static_fraction: float = 0.0
-    low_steps: int = 0
-    low_scale: float = 0.5
-    start_rate: float = 1.0
-    end_rate: float = 0.1
-    curriculum: float = 0.0
-
-    def __post_init__(self):
-        if self.steps < 0 or self.low_steps < 0:
-            raise ValueError(f"The numbers of steps of a stage cannot be negative; got {self}.")
-        for name in ("static_fraction", "curriculum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1]; got {getattr(self, name)}.")
-        if not 0 < self.low_scale <= 1:
-            raise ValueError(f"low_scale must lie in (0, 1]; got {self.low_scale}.")
-        if not (self.start_rate > 0 and self.end_rate > 0):
-            raise ValueError(
-                f"start_rate={self.start_rate} and end_rate={self.end_rate} must be above 0."
-            )
+_WARMUP = Stage(steps=300, static_fraction=1.0, low_steps=200)
+_COARSE = Stage(steps=600, static_fraction=0.25, low_steps=600, curriculum=0.8, end_rate=0.5)
+_FINE = Stage(steps=2000, static_fraction=0.2, low_steps=400, end_rate=0.05)
 
 
 def _default_deformation() -> dict[str, Any]:
@@ -102,11 +77,14 @@ class ReconstructConfig:
         num_windows: equal windows the clip is cut into for that.
         capacity: slots for splats; densification fills those that initialization leaves.
         sh_degree: of the colours, 0 to 3.
+        sh_interval: steps after which one more band of the colours is used, as in 3DGS (1000
+            there); 0 uses all from the start.
         deformation: spec of the field, for `gaussians.deformation.build`.
         warmup: static views only, field at rest; skipped without a static orbit.
         coarse: dynamic and static views (Diffusion4D's coarse stage).
         fine: dynamic views, and as many static ones as `fine.static_fraction` says.
-        density: when and how splats are cloned, split and pruned; its steps count over the run.
+        density: when and how splats multiply and vanish: a `gaussians.densify.DensityStrategy`, or
+            its spec (`{"name": "mcmc", ...}`). Its steps count over the run.
         weights: of the losses.
         rates: learning rates.
         static_time: timestamp of the static orbit; None takes that of the dynamic frame which is
@@ -121,13 +99,12 @@ class ReconstructConfig:
     num_windows: int = 4
     capacity: int = 12000
     sh_degree: int = 0
+    sh_interval: int = 0
     deformation: Mapping[str, Any] = dataclasses.field(default_factory=_default_deformation)
-    warmup: Stage = Stage(steps=300, static_fraction=1.0, low_steps=200)
-    coarse: Stage = Stage(
-        steps=600, static_fraction=0.25, low_steps=600, curriculum=0.8, end_rate=0.5
-    )
-    fine: Stage = Stage(steps=2000, static_fraction=0.2, low_steps=400, end_rate=0.05)
-    density: AdaptiveDensity = dataclasses.field(default_factory=_default_density)
+    warmup: Stage = _WARMUP
+    coarse: Stage = _COARSE
+    fine: Stage = _FINE
+    density: Any = dataclasses.field(default_factory=_default_density)
     weights: LossWeights = dataclasses.field(default_factory=LossWeights)
     rates: LearningRates = dataclasses.field(default_factory=LearningRates)
     static_time: float | None = None
@@ -150,6 +127,10 @@ class ReconstructConfig:
             raise ValueError(f"static_time must lie in [0, 1]; got {self.static_time}.")
         if self.sh_degree not in range(4):
             raise ValueError(f"sh_degree must be 0, 1, 2 or 3; got {self.sh_degree}.")
+        if self.sh_interval < 0:
+            raise ValueError(f"sh_interval cannot be negative; got {self.sh_interval}.")
+        if isinstance(self.density, Mapping):
+            object.__setattr__(self, "density", densify.build(self.density))
         chosen(self.implementation)  # Raises for a name that there is not.
         build(self.deformation)  # Likewise.
 
@@ -178,58 +159,77 @@ class Progress:
 
 
 def reconstruct(
-    clip: OrbitClip,
+    source: OrbitClip | Capture,
     config: ReconstructConfig,
     key: jax.Array,
     callback: Callable[[Progress], None] | None = None,
+    *,
+    keeper: Keeper | None = None,
 ) -> Asset:
-    """Fits moving Gaussians to the dynamic and static orbit of a clip.
+    """Fits moving Gaussians to the dynamic and static orbit of a clip, or to another capture.
 
-    Front frames are never looked at. On one CPU platform the same arguments give the same asset,
-    bit for bit.
+    Front frames and held-out views are never looked at. On one CPU platform the same arguments give
+    the same asset, bit for bit, also when the run was interrupted and resumed.
 
     Args:
-        clip: needs `dynamic`; `static` and the alphas may be missing. Without alphas a pixel
-            belongs to the object where it differs from the background.
+        source: of a clip `static` and the alphas may be missing. Without alphas a pixel belongs to
+            the object where it differs from the background. Splats for windows of frames
+            (`window_splats`) are carved from clips only.
         config: the choices.
         key: places the first splats and orders the views.
         callback: called after every step.
+        keeper: takes snapshots of the run, may hold one to resume from, and may stop the run.
 
     Raises:
-        ValueError: the clip has no dynamic frames, or the configuration does not fit it.
-        FloatingPointError: the loss became NaN or infinite.
+        ValueError: a clip has no dynamic frames, the configuration does not fit, or the snapshot is
+            of another run.
+        FloatingPointError: the loss became NaN or infinite; the keeper got the state before.
+        Interrupted: the keeper stopped the run, and has its snapshot.
     """
-    if clip.dynamic is None:
-        raise ValueError("The clip has no dynamic orbit (multi_frame0.png, ...) to reconstruct.")
     splat_key, field_key, view_key, densify_key = jax.random.split(key, 4)
     field = build(config.deformation)
-    static_time = (
-        preparation.find_static_time(clip) if config.static_time is None else config.static_time
-    )
+    capture = _capture(source, config.static_time)
     first_key, window_key = jax.random.split(splat_key)
     splats = preparation.first_splats(
-        clip, config.num_splats, config.capacity, config.sh_degree, first_key
+        capture, config.num_splats, config.capacity, config.sh_degree, first_key
     )
+    if outside := preparation.count_outside(splats, field):
+        _LOGGER.warning(
+            "%d of %d splats start outside the bound of the deformation field, where nothing tells"
+            " them apart: scale the cameras down, or raise the field's `bound`.",
+            outside,
+            int(splats.active.sum()),
+        )
     state = create_state(splats, jax.jit(field.init)(field_key, splats), config.rates)
-    fit = _Fit(clip, config, field, static_time, callback)
+    fit = _Fit(capture, config, field, callback, keeper, digest(capture, config, key))
+    state = fit.resume(state)
     for number, (name, stage) in enumerate(fit.stages.items()):
-        if name == "coarse":
-            state = _with_window_splats(state, clip, config, field, window_key)
+        if name == "coarse" and fit.begins(name) and isinstance(source, OrbitClip):
+            state = _with_window_splats(state, source, config, field, window_key)
         keys = [jax.random.fold_in(k, number) for k in (view_key, densify_key)]
         state = fit.run(state, name, stage, *keys)
     meta = {
         "steps": fit.total,
         "splats": int(state.active.sum()),
-        "static_time": static_time,
+        "static_time": None if capture.still is None else float(capture.still.timestamps[0]),
+        "outside_bound": preparation.count_outside(state.splats, field),
         "implementation": chosen(config.implementation),
     }
     return Asset(
         splats=state.splats,
         deformation=field,
         params=state.params["deformation"],
-        background=clip.background,
+        background=capture.background,
         meta=meta,
     )
+
+
+def _capture(source: OrbitClip | Capture, static_time: float | None) -> Capture:
+    if isinstance(source, Capture):
+        return source
+    if static_time is None:
+        static_time = preparation.find_static_time(source)
+    return of_clip(source, static_time)
 
 
 def _with_window_splats(
@@ -258,54 +258,80 @@ class _Fit:
 
     def __init__(
         self,
-        clip: OrbitClip,
+        capture: Capture,
         config: ReconstructConfig,
         field: Deformation,
-        static_time: float,
         callback: Callable[[Progress], None] | None,
+        keeper: Keeper | None,
+        name: str,
     ):
-        self.clip, self.config, self.field, self.static_time = clip, config, field, static_time
-        self.callback = callback
+        self.capture, self.config, self.field = capture, config, field
+        self.callback, self.keeper, self.name = callback, keeper, name
         stages = {"warmup": config.warmup, "coarse": config.coarse, "fine": config.fine}
-        if clip.static is None:
+        if capture.still is None:
             del stages["warmup"]
         self.stages = {name: stage for name, stage in stages.items() if stage.steps}
-        self.total = sum(stage.steps for stage in self.stages.values())
+        ends = list(itertools.accumulate(stage.steps for stage in self.stages.values()))
+        self.starts = dict(zip(self.stages, [0, *ends], strict=False))
+        self.total = ends[-1] if ends else 0
         self.pairs = pair_capacity(config.pairs_per_splat * config.capacity)
         self.done = 0
         self.seconds: collections.deque[float] = collections.deque(maxlen=50)
         self.views = functools.lru_cache(maxsize=2)(
-            lambda scale: preparation.views_of(clip, static_time, scale)
+            lambda scale: preparation.views_of(capture, scale)
         )
+        self.instants, self.instant_of = np.unique(
+            np.asarray(capture.moving.timestamps), return_inverse=True
+        )
+
+    def resume(self, state: TrainState) -> TrainState:
+        """The state of the keeper's snapshot, if it has one."""
+        snapshot = None if self.keeper is None else self.keeper.load()
+        if snapshot is None:
+            return state
+        if snapshot.run != self.name:
+            raise ValueError(
+                "The snapshot is of a run with another clip, configuration or seed; go on with"
+                " those, or start anew without it."
+            )
+        self.done, self.pairs = snapshot.steps, snapshot.pairs
+        return restore(state, snapshot.arrays)
+
+    def begins(self, name: str) -> bool:
+        """Whether no step of a stage is done yet."""
+        return self.done <= self.starts[name]
 
     def run(
         self, state: TrainState, name: str, stage: Stage, view_key: jax.Array, key: jax.Array
     ) -> TrainState:
-        """All steps of one stage, with a fresh optimizer."""
-        order, opened = view_order(
-            view_key, stage, self.clip.num_frames, self.clip.static is not None
-        )
-        state = create_state(state.splats, state.params["deformation"], self.config.rates)
+        """All steps of one stage that are not done yet, with a fresh optimizer at its start."""
+        still = 0 if self.capture.still is None else len(self.capture.still)
+        order, opened = view_order(view_key, stage, self.instant_of, still)
+        if self.begins(name):
+            state = create_state(state.splats, state.params["deformation"], self.config.rates)
         decay = stage.end_rate / stage.start_rate
+        key, shaking_key = jax.random.split(key)
         splats = int(state.active.sum())
-        for i in range(stage.steps):
+        for i in range(self.done - self.starts[name], stage.steps):
             if i and opened[i] > opened[i - 1]:
-                state = _hold(state, self.clip.timestamps[opened[i - 1]], self.field)
+                state = _hold(state, self.instants[opened[i - 1]], self.field)
             rate = stage.start_rate * decay ** (i / stage.steps)
             scale = stage.low_scale if i < stage.low_steps else 1.0
             begin = time.perf_counter()
-            state, report = self._step(state, name, i, int(order[i]), rate, scale)
+            noise_key = jax.random.fold_in(shaking_key, self.done)
+            state, report = self._step(state, name, i, order[i], rate, noise_key, scale)
             self.seconds.append(time.perf_counter() - begin)
             self.done += 1
             if self.config.density.refines_at(self.done):
-                state = densify(
+                state, report_of_splats = refine(
                     state,
                     jax.random.fold_in(key, self.done),
                     self.done,
                     density=self.config.density,
                     field=self.field,
                 )
-                splats = int(state.active.sum())
+                splats = int(report_of_splats.active)
+                _LOGGER.info("Step %d: %s.", self.done, report_of_splats)
             if self.config.density.resets_opacity_at(self.done):
                 state = reset_opacity(state, density=self.config.density)
             if self.callback is not None:
@@ -313,23 +339,51 @@ class _Fit:
                 eta = float(np.median(self.seconds)) * (self.total - self.done)
                 loss = float(report.loss)
                 self.callback(Progress(name, self.done, self.total, loss, psnr, splats, eta))
+            self._keep(state)
         return state
 
+    def _keep(self, state: TrainState) -> None:
+        """Takes a snapshot where one is due, and stops where the keeper says so."""
+        if self.keeper is None:
+            return
+        stops = self.keeper.stops() and self.done < self.total
+        if stops or self.done % self.keeper.every == 0:
+            self._save(state)
+        if stops:
+            raise Interrupted(f"Stopped after step {self.done} of {self.total}.")
+
+    def _save(self, state: TrainState) -> None:
+        if self.keeper is not None:
+            self.keeper.save(Snapshot(self.name, self.done, self.pairs, flatten(state)))
+
     def _step(
-        self, state: TrainState, name: str, i: int, index: int, rate: float, scale: float
+        self,
+        state: TrainState,
+        name: str,
+        i: int,
+        indices: Int[np.ndarray, "b"],
+        rate: float,
+        key: jax.Array,
+        scale: float,
     ) -> tuple[TrainState, StepReport]:
-        """One step; repeated with twice the pair capacity as long as the view does not fit."""
+        """One step; repeated with twice the pair capacity as long as a view does not fit."""
         views = self.views(scale)
         while True:
             settings = self._settings(name, scale)
             state, report = step(
-                state, views, jnp.asarray(index), jnp.asarray(rate, jnp.float32), settings=settings
+                state,
+                views,
+                jnp.asarray(indices),
+                jnp.asarray(rate, jnp.float32),
+                key,
+                settings=settings,
             )
             overflow = int(report.overflow)
             if not overflow:
                 break
             self.pairs = pair_capacity(self.pairs + overflow)
         if not math.isfinite(float(report.loss)):
+            self._save(state)
             raise FloatingPointError(
                 f"The loss became {float(report.loss)} at step {i} of the {name} stage; lower the"
                 " learning rates, or check the clip for frames that are not finite."
@@ -337,48 +391,19 @@ class _Fit:
         return state, report
 
     def _settings(self, name: str, scale: float) -> StepSettings:
-        config = self.config
+        config, stage = self.config, self.stages[name]
+        bands = self.done // config.sh_interval if config.sh_interval else config.sh_degree
         return StepSettings(
             deformation=None if name == "warmup" else self.field,
-            weights=config.weights,
-            rates=config.rates,
-            background=self.clip.background,
+            weights=stage.weights or config.weights,
+            rates=stage.rates or config.rates,
+            density=config.density,
+            background=self.capture.background,
             pairs=self.pairs,
             blur=BLUR * scale**2 + (1 - scale**2) / 12,
+            sh_degree=min(bands, config.sh_degree),
             implementation=config.implementation,
         )
-
-
-def view_order(
-    key: jax.Array, stage: Stage, num_frames: int, has_static: bool
-) -> tuple[Int[np.ndarray, "steps"], Int[np.ndarray, "steps"]]:
-    """Which view every step of a stage takes, and how many frames are open by then.
-
-    Dynamic views are drawn like cards, each once before any comes twice. During the curriculum,
-    half of them are drawn from the three frames opened last and half from all open frames.
-
-    Returns:
-        The indices into `preparation.views_of` (dynamic frames first, then static ones), and the
-        index of the last open frame.
-    """
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-    opening = stage.curriculum * stage.steps
-    progress = np.arange(stage.steps) / opening if opening else np.ones(stage.steps)
-    last = np.minimum(1 + progress * (num_frames - 2), num_frames - 1).astype(int)
-    static = rng.random(stage.steps) < (stage.static_fraction if has_static else 0.0)
-    recent = rng.random(stage.steps) < 0.5
-    order = np.zeros(stage.steps, int)
-    cards: list[int] = []
-    for i in range(stage.steps):
-        if static[i]:
-            order[i] = num_frames + rng.integers(num_frames)
-        elif last[i] < num_frames - 1:
-            first = max(0, last[i] - 2) if recent[i] else 0
-            order[i] = rng.integers(first, last[i] + 1)
-        else:
-            cards = cards or list(rng.permutation(num_frames))
-            order[i] = cards.pop()
-    return order, last
 
 
 @functools.partial(jax.jit, static_argnames=("field",), donate_argnames=("state",))

@@ -13,6 +13,7 @@ BASE = {
     "channels": 2,
     "width": 4,
 }
+NODES = {"name": "control_points", "num_nodes": 4, "neighbours": 2, "graph_neighbours": 2}
 LIFESPAN = {"name": "lifespan", "base": BASE, "knots": 11}
 
 
@@ -22,7 +23,17 @@ def splats():
     return Splats.from_points(rng.uniform(-0.5, 0.5, (6, 3)), rng.random((6, 3)), scale=0.1)
 
 
-@pytest.mark.parametrize("spec", [{"name": "identity"}, BASE, LIFESPAN], ids=lambda s: s["name"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "identity"},
+        BASE,
+        NODES | {"motion": "mlp"},
+        LIFESPAN,
+        LIFESPAN | {"base": NODES},
+    ],
+    ids=lambda s: s["name"],
+)
 def test_every_field_keeps_the_protocol(spec, splats):
     field = build(spec)
     params = field.init(jax.random.key(0), splats)

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -26,15 +29,12 @@ ROOT = Path(__file__).parent.parent
 SMOKE = "--config=experiments/configs/reconstruct.py:smoke"
 
 
+COMMAND = [sys.executable, "-m", "experiments.reconstruct"]
+OPTIONS = {"cwd": ROOT, "env": os.environ | {"JAX_PLATFORMS": "cpu"}, "text": True}
+
+
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.reconstruct", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return subprocess.run([*COMMAND, *arguments], **OPTIONS, capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def clip_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(clip_folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("out") / "run"
-    result = run(f"--clip={clip_folder}", f"--workdir={workdir}", SMOKE)
+    formats = ["--export=spz,glb", "--frames=ply"]
+    result = run(f"--clip={clip_folder}", f"--workdir={workdir}", SMOKE, *formats)
     assert result.returncode == 0, result.stderr
     return workdir, result
 
@@ -57,7 +58,10 @@ def test_writes_all_files(finished):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
         "asset.npz", "point_cloud.ply", "orbit.mp4", "novel.mp4", "comparison.png", "report.json",
+        "point_cloud.spz", "point_cloud.glb", "frames",
     }  # fmt: skip
+    frames = {path.name for path in (workdir / "frames").iterdir()}
+    assert frames == {"frames.json", *(f"{i:04}.ply" for i in range(4))}
     report = json.loads((workdir / "report.json").read_text())
     for metric in ("psnr", "ssim", "alpha_iou"):
         assert set(report[metric]) == {"dynamic", "static", "front"}
@@ -75,6 +79,26 @@ def test_the_files_hold_the_same_asset(finished):
     active = np.asarray(start.active)
     assert len(vertices["x"]) == active.sum()
     np.testing.assert_allclose(vertices["x"], np.asarray(start.means)[active, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first_and_the_same_command_goes_on(finished, clip_folder, tmp_path, number):
+    arguments = [f"--clip={clip_folder}", f"--workdir={tmp_path}", SMOKE, "--snapshot_every=1"]
+    process = subprocess.Popen([*COMMAND, *arguments], **OPTIONS, stderr=subprocess.PIPE)
+    while not (tmp_path / "snapshot.npz").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)  # during the warm-up: later stages have yet to be compiled
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and "Traceback" not in errors, errors
+    assert re.search("Stopped after step [0-9]+ of 18. The same command goes on", errors), errors
+    assert {path.name for path in tmp_path.iterdir()} == {"snapshot.npz"}
+    other = run(*arguments, "--seed=1")
+    assert other.returncode == 1 and "another clip, configuration or seed" in other.stderr
+    assert run(*arguments).returncode == 0
+    assert not (tmp_path / "snapshot.npz").exists()
+    one, other = io.load_asset(tmp_path / "asset.npz"), io.load_asset(finished[0] / "asset.npz")
+    for a, b in zip(*(jax.tree.leaves((x.splats, x.params)) for x in (one, other)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_finished_run_is_not_overwritten_unless_told(finished, clip_folder):

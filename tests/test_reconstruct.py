@@ -9,12 +9,14 @@ from d4d_jax import cameras, clips, metrics
 from d4d_jax.data import synthetic
 from gaussians import preparation
 from gaussians.asset import pair_capacity
+from gaussians.captures import of_clip
 from gaussians.deformation import build
 from gaussians.deformation.lifespan import Lifespan
-from gaussians.densify import AdaptiveDensity
-from gaussians.optimization import LearningRates, StepSettings, create_state, step
-from gaussians.reconstruct import ReconstructConfig, Stage, view_order
+from gaussians.densify import AdaptiveDensity, MCMCDensity
+from gaussians.optimization import LearningRates, StepSettings, create_state, refine, step
+from gaussians.reconstruct import ReconstructConfig
 from gaussians.reconstruct import reconstruct as run
+from gaussians.stages import Stage, view_order
 
 FRAMES = 8
 TOO_FEW_PAIRS = 256
@@ -131,13 +133,15 @@ def test_too_small_a_pair_list_is_enlarged_without_a_trace_in_the_result(clip):
 
 def make_state(clip, pairs):
     """A state, views and settings like the warm-up of the test above, to share its compilation."""
-    views = preparation.views_of(clip, 0.0)
-    splats = preparation.first_splats(clip, 200, 300, 0, jax.random.key(0))
+    capture = of_clip(clip, 0.0)
+    views = preparation.views_of(capture)
+    splats = preparation.first_splats(capture, 200, 300, 0, jax.random.key(0))
     field = build(FIELD)
     settings = StepSettings(
         None,
         CONFIG.weights,
         CONFIG.rates,
+        CONFIG.density,
         background=clip.background,
         pairs=pairs,
         implementation="tiled",
@@ -150,7 +154,7 @@ def test_a_step_that_overflows_changes_nothing_and_says_so(clip):
     state, views, settings = make_state(clip, TOO_FEW_PAIRS)
     before = jax.tree.map(np.array, state)
     after, report = step(
-        state, views, jnp.asarray(0), jnp.asarray(1.0, jnp.float32), settings=settings
+        state, views, jnp.asarray([0]), jnp.asarray(1.0), jax.random.key(0), settings=settings
     )
     assert int(report.overflow) > 0
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, after))
@@ -160,7 +164,9 @@ def test_a_step_that_overflows_changes_nothing_and_says_so(clip):
 def test_the_first_step_moves_every_group_at_its_rate(clip, rate):
     state, views, settings = make_state(clip, pair_capacity(8 * CONFIG.capacity))
     before = jax.tree.map(np.array, state.params["splats"])
-    state, _ = step(state, views, jnp.asarray(0), jnp.asarray(rate, jnp.float32), settings=settings)
+    state, _ = step(
+        state, views, jnp.asarray([0]), jnp.asarray(rate), jax.random.key(0), settings=settings
+    )
     for name, value in state.params["splats"].items():
         largest = np.abs(np.asarray(value) - before[name]).max()
         assert largest == pytest.approx(rate * getattr(settings.rates, name), rel=1e-2)
@@ -211,7 +217,7 @@ def test_windows_far_from_the_static_pose_get_splats_of_their_own(clip):
     )
     windows = preparation.pose_windows(moved, 2)
     assert windows[0][2] == 0 and windows[1][2] > 0.5
-    splats = preparation.first_splats(clip, 50, 80, 0, jax.random.key(0))
+    splats = preparation.first_splats(of_clip(clip, 0.0), 50, 80, 0, jax.random.key(0))
     field = Lifespan(FIELD["base"], knots=5)
     params = field.init(jax.random.key(1), splats)
     grown, params = preparation.add_window_splats(
@@ -235,19 +241,26 @@ def test_windows_far_from_the_static_pose_get_splats_of_their_own(clip):
 
 def test_views_are_drawn_as_the_stage_says():
     stage = Stage(400, static_fraction=0.25, curriculum=0.5)
-    order, opened = view_order(jax.random.key(0), stage, 12, has_static=True)
+    order, opened = view_order(jax.random.key(0), stage, np.arange(12), num_still=12)
+    order = order[:, 0]
     dynamic = order < 12
     assert np.all(order[dynamic] <= opened[dynamic]) and np.all(np.diff(opened) >= 0)
     assert opened[0] == 1 and opened[199] == 10 and np.all(opened[200:] == 11)
     assert 0.17 < np.mean(~dynamic) < 0.33 and order.max() < 24
-    alone, _ = view_order(jax.random.key(0), stage, 12, has_static=False)
+    alone, _ = view_order(jax.random.key(0), stage, np.arange(12), num_still=0)
     assert alone.max() < 12
-    counts = np.bincount(view_order(jax.random.key(0), Stage(120), 12, has_static=True)[0])
+    pairs, _ = view_order(jax.random.key(0), Stage(60, views=2), np.arange(12), num_still=12)
+    counts = np.bincount(pairs.ravel())
+    assert pairs.shape == (60, 2)
     assert np.all(counts == 10)  # every view as often as any other
+    twice = np.repeat(np.arange(6), 2)  # two cameras see each instant
+    order, opened = view_order(jax.random.key(0), stage, twice, num_still=0)
+    assert np.all(twice[order[:, 0]] <= opened) and opened[0] == 1 and opened[-1] == 5
+    assert set(order.ravel()) == set(range(12))
 
 
 def test_views_hold_dynamic_then_static_frames_at_the_static_time(clip):
-    views = preparation.views_of(clip, 0.25, scale=0.5)
+    views = preparation.views_of(of_clip(clip, 0.25), scale=0.5)
     assert views.rgb.shape == (2 * FRAMES, 16, 16, 3) and views.alpha.shape == (16, 16, 16)
     np.testing.assert_allclose(views.timestamps[FRAMES:], 0.25)
     np.testing.assert_allclose(
@@ -286,3 +299,43 @@ def test_settings_are_checked_before_anything_runs(changes, sentence):
         dataclasses.replace(CONFIG, **changes)
     with pytest.raises(ValueError, match=r"start_rate=0.0 and end_rate=0.1 must be above 0"):
         Stage(3, start_rate=0.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"deformation": {"name": "control_points", "num_nodes": 16, "time_resolution": FRAMES}},
+        {"density": {"name": "mcmc", "start": 40, "stop": 200, "every": 20, "noise_scale": 1e5}},
+        {"fine": Stage(80, views=2, static_fraction=0.25)},
+    ],
+    ids=["control_points", "mcmc", "two_views"],
+)
+def test_parts_are_swapped_by_name_and_still_move_the_object(clip, changes):
+    swapped = run(clip, dataclasses.replace(CONFIG, **changes), jax.random.key(0))
+    still = dataclasses.replace(swapped, deformation=build({"name": "identity"}), params={})
+    assert dynamic_psnr(swapped, clip) > dynamic_psnr(still, clip) + 2
+
+
+def test_mcmc_shakes_splats_from_step_to_step(clip):
+    state, views, settings = make_state(clip, pair_capacity(8 * CONFIG.capacity))
+    noisy = dataclasses.replace(settings, density=MCMCDensity(noise_scale=1e6, noise_opacity=1.0))
+    index, rate = jnp.asarray([0]), jnp.asarray(1.0)
+    copies = [jax.tree.map(jnp.array, state) for _ in range(3)]
+    calm, one, other = (
+        step(copy, views, index, rate, jax.random.key(seed), settings=choice)[0]
+        for copy, seed, choice in zip(copies, (0, 0, 1), (settings, noisy, noisy), strict=True)
+    )
+    means = [np.asarray(s.params["splats"]["means"]) for s in (calm, one, other)]
+    assert np.abs(means[1] - means[0]).max() > 1e-3 and np.abs(means[2] - means[1]).max() > 1e-3
+
+
+def test_the_peak_over_time_saves_short_lived_splats_from_pruning(clip):
+    splats = preparation.first_splats(of_clip(clip, 0.0), 50, 80, 0, jax.random.key(0))
+    faint = dataclasses.replace(splats, opacity_logits=jnp.full(80, -7.0))
+    field = build({"name": "lifespan", "knots": 3, "base": {"name": "identity"}})
+    params = field.init(jax.random.key(1), faint)
+    lit = params | {"curves": params["curves"].at[1, :10].set(7.0)}
+    np.testing.assert_allclose(field.peak_opacities(lit, faint)[:10], 0.5, atol=1e-6)
+    state = create_state(faint, lit, CONFIG.rates)
+    refined, report = refine(state, jax.random.key(2), 120, density=CONFIG.density, field=field)
+    assert int(report.pruned) == 40 and np.asarray(refined.active)[:10].all()

@@ -2,8 +2,10 @@
 
 `reconstruct.py` is for 256 x 256 clips and takes under ten minutes on two CPU cores;
 `reconstruct.py:fast` is for 64 x 64 clips, about a minute and a half; `reconstruct.py:smoke` takes
-seconds and proves only that everything runs. A comma adds a deformation: `:hexplane` is HexPlane
-without short-lived splats, `:identity` does not move at all (`reconstruct.py:fast,hexplane`).
+seconds and proves only that everything runs. A comma adds a choice of parts: `:hexplane` is
+HexPlane without short-lived splats, `:nodes` has control points (SC-GS) in its place, `:identity`
+does not move at all; `:mcmc` relocates splats instead of cloning and pruning them
+(`reconstruct.py:fast,nodes,mcmc`).
 """
 
 import ml_collections
@@ -15,7 +17,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     Raises:
         ValueError: another word.
     """
-    variants = {"fast": _fast, "smoke": _smoke, "hexplane": _hexplane, "identity": _identity}
+    variants = {
+        "fast": _fast,
+        "smoke": _smoke,
+        "hexplane": _hexplane,
+        "nodes": _nodes,
+        "identity": _identity,
+        "mcmc": _mcmc,
+    }
     config = _default()
     for word in filter(None, arg.split(",")):
         if word not in variants:
@@ -32,6 +41,7 @@ def _default() -> ml_collections.ConfigDict:
     config.num_windows = 4
     config.capacity = 12000
     config.sh_degree = 0
+    config.sh_interval = 0
     config.static_time = ml_collections.config_dict.placeholder(float)  # None: found by comparison
     config.pairs_per_splat = 8.0
     config.implementation = ml_collections.config_dict.placeholder(str)  # None: the fastest here
@@ -54,6 +64,7 @@ def _default() -> ml_collections.ConfigDict:
     )
     config.fine = _stage(steps=2000, static_fraction=0.2, low_steps=400, end_rate=0.05)
     config.density = dict(
+        name="adaptive",
         start=950,
         stop=2100,
         every=300,
@@ -76,6 +87,8 @@ def _default() -> ml_collections.ConfigDict:
         time_smoothness=1e-2,
         time_l1=1e-4,
         lifespan=1e-3,
+        arap=1.0,
+        acceleration=0.3,
     )
     config.rates = dict(
         means=5e-4,
@@ -86,6 +99,7 @@ def _default() -> ml_collections.ConfigDict:
         planes=3e-3,
         network=1e-3,
         curves=0.1,
+        nodes=1.5e-3,
     )
     return config
 
@@ -93,6 +107,7 @@ def _default() -> ml_collections.ConfigDict:
 def _stage(**fields) -> dict:
     defaults = dict(
         steps=0,
+        views=1,
         static_fraction=0.0,
         low_steps=0,
         low_scale=0.5,
@@ -128,6 +143,27 @@ def _smoke(config: ml_collections.ConfigDict) -> None:
 def _hexplane(config: ml_collections.ConfigDict) -> None:
     config.deformation = config.deformation.base
     config.window_splats = 0  # They come and go by the lifespan field.
+
+
+def _nodes(config: ml_collections.ConfigDict) -> None:
+    smoke = config.deformation.base.width < 16
+    base = dict(name="control_points", num_nodes=16 if smoke else 64)
+    config.deformation = dict(name="lifespan", base=base, knots=9)
+
+
+def _mcmc(config: ml_collections.ConfigDict) -> None:
+    adaptive = config.density
+    config.density = dict(
+        name="mcmc",
+        start=adaptive.start,
+        stop=adaptive.stop,
+        every=max(1, adaptive.every // 6),
+        growth=1.1,
+        noise_scale=2e4,
+        # Both penalties of the authors cost 0.3 to 0.45 dB in runs of a few thousand steps.
+        opacity_weight=0.0,
+        scale_weight=0.0,
+    )
 
 
 def _identity(config: ml_collections.ConfigDict) -> None:

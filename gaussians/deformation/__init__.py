@@ -44,6 +44,13 @@ class Deformation(Protocol):
         """
         ...
 
+    def peak_opacities(self, params: PyTree, splats: Splats) -> Float[Array, "n"] | None:
+        """The largest opacity that each splat reaches over time, in [0, 1].
+
+        None where opacity does not change over time. Density control judges splats by it.
+        """
+        ...
+
     def gather(self, params: PyTree, source: Int[Array, "n"]) -> PyTree:
         """Parameters after densification: slot i of the splats now descends from `source[i]`.
 
@@ -58,6 +65,6 @@ def build(spec: Mapping[str, Any]) -> Deformation:
     Raises:
         ValueError: unknown name, or an argument that the field does not take.
     """
-    from gaussians.deformation import hexplane, identity, lifespan  # noqa: F401  (they register)
+    from gaussians.deformation import control_points, hexplane, identity, lifespan  # noqa: F401
 
     return registry.build("deformation", spec)

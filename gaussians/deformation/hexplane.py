@@ -160,6 +160,14 @@ class HexPlane:
         ]
         return params | {"planes": tuple(held)}
 
+    def peak_opacities(self, params: PyTree, splats: Splats) -> Float[Array, "n"] | None:
+        """The largest opacity at the nodes of the time planes; None without the opacity head."""
+        if not self.opacity:
+            return None
+        instants = jnp.linspace(0, 1, self.time_resolution)
+        logits = jax.lax.map(lambda t: self.apply(params, splats, t).opacity_logits, instants)
+        return jax.nn.sigmoid(logits.max(axis=0))
+
     def gather(self, params: PyTree, source: Int[Array, "n"]) -> PyTree:
         """The field has no parameters per splat."""
         del source

@@ -36,6 +36,10 @@ class Identity:
         del t
         return params
 
+    def peak_opacities(self, params: PyTree, splats: Splats) -> None:
+        """Opacity does not change over time."""
+        del params, splats
+
     def gather(self, params: PyTree, source: Int[Array, "n"]) -> PyTree:
         """No parameters per splat."""
         del source

@@ -72,6 +72,12 @@ class Lifespan:
         """Holds the base field; the curves stay as they are."""
         return params | {"base": self.field.hold(params["base"], t)}
 
+    def peak_opacities(self, params: PyTree, splats: Splats) -> Float[Array, "n"]:
+        """The largest opacity at a knot of the curve, on top of the base field's largest."""
+        base = self.field.peak_opacities(params["base"], splats)
+        logits = splats.opacity_logits if base is None else jax.scipy.special.logit(base)
+        return jax.nn.sigmoid(logits + params["curves"].max(axis=0))
+
     def gather(self, params: PyTree, source: Int[Array, "n"]) -> PyTree:
         """A split or cloned splat inherits the curve of its parent."""
         return {

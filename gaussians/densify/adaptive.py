@@ -1,65 +1,17 @@
-"""Density control on a fixed number of slots: where to add splats, and which to take away.
-
-The slots never grow or move in memory, so the optimization keeps its shapes and its one
-compilation: a strategy says from which slot each slot descends (`Rows`), and everything that is
-kept per splat follows.
-
-    statistics = statistics.add(probe_gradient, render.radii > 0)  # every step
-    if strategy.refines_at(step):
-        refined = strategy.refine(key, splats, statistics.mean, step)
-        splats, rows = refined.splats, refined.rows
-        optimizer_state = move_moments(optimizer_state, parameters, rows.gather_moments)
-        statistics = GradientStatistics.create(len(splats))
-    if strategy.resets_opacity_at(step):
-        splats = strategy.reset_opacity(splats)
-        optimizer_state = move_moments(
-            optimizer_state,
-            parameters,
-            lambda moments: moments | {"opacity_logits": jnp.zeros(len(splats))},
-        )
-"""
+"""Density control of 3D Gaussian Splatting: multiply under strain, prune, reset opacities."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from d4d_jax import pytree
 from d4d_jax.registry import register
-from d4d_jax.typing import AnyArray, PyTree
+from gaussians.densify.rows import Refined, Rows, peaks
 from gaussians.projection import rotation_matrices
 from gaussians.types import Splats
-
-
-@pytree.dataclass
-class Rows:
-    """Where the content of every slot comes from.
-
-    Attributes:
-        source: slot i descends from slot `source[i]`; most from themselves.
-        fresh: the slot holds a new splat, which has no history in the optimizer.
-    """
-
-    source: Int[Array, "n"]
-    fresh: Bool[Array, "n"]
-
-    def gather(self, tree: PyTree) -> PyTree:
-        """Values that descendants inherit; every leaf has the slots as its leading axis."""
-        return jax.tree.map(lambda leaf: leaf[self.source], tree)
-
-    def gather_moments(self, tree: PyTree) -> PyTree:
-        """Like `gather`, but zero for new splats: what an optimizer remembers of each."""
-
-        def move(leaf: AnyArray) -> Array:
-            fresh = self.fresh.reshape(-1, *(1,) * (leaf.ndim - 1))
-            return jnp.where(fresh, jnp.zeros_like(leaf), leaf[self.source])
-
-        return jax.tree.map(move, tree)
 
 
 @pytree.dataclass
@@ -86,15 +38,6 @@ class Report:
         if int(self.refused):
             text += f"; {self.refused} found no free slot (a larger capacity would hold them)"
         return text
-
-
-@pytree.dataclass
-class Refined:
-    """The splats after a refinement, how to make the rest follow, and a report."""
-
-    splats: Splats
-    rows: Rows
-    report: Report
 
 
 @pytree.dataclass
@@ -136,25 +79,6 @@ class GradientStatistics:
         return self.total / jnp.maximum(self.visits, 1)
 
 
-@runtime_checkable
-class DensityStrategy(Protocol):
-    """What an optimization loop asks of density control; a frozen dataclass of thresholds."""
-
-    def refines_at(self, step: int) -> bool: ...
-
-    def resets_opacity_at(self, step: int) -> bool: ...
-
-    def refine(
-        self,
-        key: PRNGKeyArray,
-        splats: Splats,
-        mean_gradient: Float[Array, "n"],
-        step: int | Int[Array, ""],
-    ) -> Refined: ...
-
-    def reset_opacity(self, splats: Splats) -> Splats: ...
-
-
 @register("densify", "adaptive")
 @dataclasses.dataclass(frozen=True)
 class AdaptiveDensity:
@@ -169,12 +93,15 @@ class AdaptiveDensity:
         stop: none from this step on.
         every: steps between refinements.
         gradient_threshold: splats with a larger mean screen-space gradient multiply.
+        absolute: the gradients are `Probe.absolute`, which does not cancel where pixels pull a
+            splat apart (AbsGS, Ye et al. 2024). It is larger than the plain one: gsplat recommends
+            a threshold of 8e-4 with it.
         extent: size of the scene in world units. 3DGS takes 1.1 times the largest distance of a
             camera from the mean camera centre, which is 2.2 for the standard orbit.
         clone_scale: splats whose largest standard deviation is at most this fraction of the extent
             are cloned, larger ones are split.
         shrink: a split child's standard deviations are its parent's divided by this.
-        opacity_threshold: splats below are pruned.
+        opacity_threshold: splats that stay below are pruned.
         prune_scale: splats larger than this fraction of the extent are pruned unless they multiply.
         prune_scale_after: first step at which size counts for pruning.
         reset_every: steps between opacity resets; 0 for none.
@@ -185,6 +112,7 @@ class AdaptiveDensity:
     stop: int = 15_000
     every: int = 100
     gradient_threshold: float = 2e-4
+    absolute: bool = False
     extent: float = 2.2
     clone_scale: float = 0.01
     shrink: float = 1.6
@@ -226,6 +154,7 @@ class AdaptiveDensity:
         splats: Splats,
         mean_gradient: Float[Array, "n"],
         step: int | Int[Array, ""],
+        peak_opacities: Float[Array, "n"] | None = None,
     ) -> Refined:
         """Multiplies splats under strain and prunes the useless, within the slots there are.
 
@@ -239,10 +168,12 @@ class AdaptiveDensity:
             splats: any capacity.
             mean_gradient: `GradientStatistics.mean`.
             step: counted from 1.
+            peak_opacities: the largest opacity each splat reaches over time, in [0, 1], where it
+                changes; by default that of the splats themselves.
         """
         before = jnp.asarray(splats.active)
         size = jnp.exp(splats.log_scales).max(axis=-1)
-        faint = jax.nn.sigmoid(splats.opacity_logits) < self.opacity_threshold
+        faint = peaks(splats, peak_opacities) < self.opacity_threshold
         wanted = before & (mean_gradient > self.gradient_threshold) & ~faint
         oversized = (size > self.prune_scale * self.extent) & (step >= self.prune_scale_after)
         pruned = before & (faint | (oversized & ~wanted))
@@ -270,6 +201,22 @@ class AdaptiveDensity:
             splats, opacity_logits=jnp.minimum(splats.opacity_logits, ceiling)
         )
 
+    def perturb(
+        self,
+        key: PRNGKeyArray,
+        splats: Splats,
+        means_rate: float | Float[Array, ""],
+        peak_opacities: Float[Array, "n"] | None = None,
+    ) -> Splats:
+        """The splats as they are."""
+        del key, means_rate, peak_opacities
+        return splats
+
+    def regularization(self, splats: Splats) -> dict[str, Float[Array, ""]]:
+        """No penalties."""
+        del splats
+        return {}
+
     def _with_children(self, key: PRNGKeyArray, splats: Splats, born: Bool[Array, "n"]) -> Splats:
         """Turns copies of split parents, where `born`, into smaller children around them."""
         normal = jax.random.normal(key, splats.means.shape)
@@ -282,59 +229,6 @@ class AdaptiveDensity:
             means=splats.means + jnp.where(born, offset, 0.0),
             log_scales=splats.log_scales - jnp.where(born, jnp.log(self.shrink), 0.0),
         )
-
-
-def move_moments(
-    optimizer_state: PyTree, params: PyTree, move: Callable[[PyTree], PyTree]
-) -> PyTree:
-    """Applies `move` to every part of an optax state that mirrors the parameters.
-
-    Adam's two moments, a momentum and a running mean are such parts: they have the tree structure
-    of `params`. Step counters and the like stay. Parts of `optax.masked` and
-    `optax.multi_transform`, which lack some of the parameters, are handled too.
-
-    Args:
-        optimizer_state: of an optimizer initialised with `params`, or with a tree like it.
-        params: the parameters, at least one level deep.
-        move: takes and returns a tree like `params`, such as `Rows.gather_moments`.
-
-    Raises:
-        ValueError: the state holds arrays but nothing in it mirrors the parameters.
-    """
-    structure = jax.tree.structure(params)
-
-    def masked(node: PyTree) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    def completed(part: PyTree) -> PyTree:
-        """The part with parameters in its gaps, or None where it does not mirror them."""
-        try:
-            filled = jax.tree.map(
-                lambda leaf, param: param if masked(leaf) else leaf, part, params, is_leaf=masked
-            )
-        except (ValueError, TypeError):
-            return None
-        return filled if jax.tree.structure(filled) == structure else None
-
-    found = False
-
-    def replace(part: PyTree) -> PyTree:
-        nonlocal found
-        filled = completed(part)
-        if filled is None or masked(part):
-            return part
-        found = True
-        return jax.tree.map(
-            lambda old, new: old if masked(old) else new, part, move(filled), is_leaf=masked
-        )
-
-    moved = jax.tree.map(replace, optimizer_state, is_leaf=lambda part: completed(part) is not None)
-    if not found and any(jnp.ndim(leaf) for leaf in jax.tree.leaves(optimizer_state)):
-        raise ValueError(
-            f"Nothing in the optimizer state has the structure of the parameters, {structure}; pass"
-            " the tree that the optimizer was initialised with."
-        )
-    return moved
 
 
 def _fill_free_slots(
