@@ -38,6 +38,7 @@ TEST = [
     "beartype>=0.20",
 ]
 FORMATS = ["gsply>=0.4.6"]
+BROWSER = ["playwright>=1.50"]
 PARITY = ["torch==2.13.0", "diffusers>=0.35", "gsplat==1.5.3"]
 DEV = ["ruff>=0.9", "pyright>=1.1.400", "pre-commit>=4", "clang-format>=21"]
 
@@ -53,6 +54,7 @@ setup(
     package_data={
         "d4d_jax": ["assets/*", "assets/clips/*", "assets/clips/*/*"],
         "gaussians.rasterize": ["native/*"],
+        "gaussians.viewer": ["*.html", "*.css", "*.js", "vendor/*"],
     },
     ext_modules=native_extensions(),
     install_requires=[
@@ -76,6 +78,7 @@ setup(
         "test": TEST,
         "dev": TEST + DEV,
         "parity": TEST + PARITY,
+        "browser": TEST + BROWSER,
     },
     classifiers=[
         "Programming Language :: Python :: 3",

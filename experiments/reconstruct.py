@@ -3,11 +3,12 @@
     python -m experiments.reconstruct --clip=DIR --workdir=OUT
 
 fits deforming Gaussians to the dynamic and the static orbit in DIR (the published folder layout)
-and writes into OUT: `asset.npz` (everything, for `gaussians.io.load_asset`), `point_cloud.ply` (the
-splats at t = 0), `orbit.mp4` (along the orbit while time runs), `novel.mp4` (from the side),
-`comparison.png` (frames above their renders) and `report.json`. Front frames in DIR are never
-trained on: they are held out to judge the motion by. `--export=spz,glb` writes the splats in further
-formats, `--frames=ply` all timestamps (`frames/0000.ply`, ...).
+and writes into OUT: `asset.npz` (everything, for `gaussians.io.load_asset`), `viewer.html` (the
+moving asset for any browser, one file), `point_cloud.ply` (the splats at t = 0), `orbit.mp4` (along
+the orbit while time runs), `novel.mp4` (from the side), `comparison.png` (frames above their
+renders) and `report.json`. Front frames in DIR are never trained on: they are held out to judge the
+motion by. `--export=spz,glb` writes the splats in further formats, `--frames=ply` those of all
+timestamps (`frames/0000.ply`, ...).
 
 Ctrl-C and SIGTERM save `snapshot.npz` first, as every few hundred steps do; the same command then
 goes on from there, and ends with the asset that an uninterrupted run would have made.
@@ -37,6 +38,7 @@ from gaussians.asset import Asset
 from gaussians.evaluation import Rendered, render_views, score
 from gaussians.reconstruct import Progress, ReconstructConfig, reconstruct
 from gaussians.snapshot import FileKeeper, Interrupted, Keeper
+from gaussians.viewer import write_viewer
 
 _VIEWS = ("dynamic", "static", "front")
 _COLUMNS = 8
@@ -89,7 +91,8 @@ def fit(
 
 def outputs(orbit: str = "orbit.mp4") -> tuple[str, ...]:
     """The names of the files that `write_results` writes."""
-    return ("asset.npz", "point_cloud.ply", orbit, "novel.mp4", "comparison.png", "report.json")
+    files = ("asset.npz", "point_cloud.ply", "viewer.html", "novel.mp4", "comparison.png")
+    return (*files, orbit, "report.json")
 
 
 def to_config(config: ml_collections.ConfigDict) -> ReconstructConfig:
@@ -131,6 +134,7 @@ def write_results(
     (workdir / "report.json").unlink(missing_ok=True)  # It stands for a complete set of files.
     io.save_asset(workdir / "asset.npz", asset)
     io.write_ply(workdir / "point_cloud.ply", asset.at(0.0))
+    write_viewer(workdir / "viewer.html", asset, title=clip.caption or "Asset")
     capture = captures.of_clip(clip, asset.meta["static_time"] or 0.0)
     renders = {name: render_views(asset, views) for name, views in capture.sets.items()}
     media.write_video(workdir / orbit, renders["dynamic"].rgb)

@@ -271,7 +271,7 @@ def refine(
     field_params = field.gather(state.params["deformation"], rows.source)
     refined_state = TrainState(
         params={"splats": refined.splats.parameters, "deformation": field_params},
-        active=refined.splats.active,
+        active=jnp.asarray(refined.splats.active),
         optimizer=move_moments(state.optimizer, state.params, moved),
         statistics=GradientStatistics.create(len(refined.splats)),
     )

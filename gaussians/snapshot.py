@@ -106,7 +106,8 @@ class FileKeeper:
         """Replaces the file; a kill in the middle leaves the one before."""
         facts = {name: getattr(snapshot, name) for name in ("run", "steps", "pairs")}
         text = np.array(json.dumps({"format": _FORMAT, **facts}))
-        replace_file(self.path, lambda file: np.savez(file, json=text, **snapshot.arrays))
+        arrays: dict[str, Any] = {"json": text, **snapshot.arrays}
+        replace_file(self.path, lambda file: np.savez(file, **arrays))
 
     def discard(self) -> None:
         """Removes the file, once the run is complete."""

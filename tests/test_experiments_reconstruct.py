@@ -58,7 +58,7 @@ def test_writes_all_files(finished):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
         "asset.npz", "point_cloud.ply", "orbit.mp4", "novel.mp4", "comparison.png", "report.json",
-        "point_cloud.spz", "point_cloud.glb", "frames",
+        "point_cloud.spz", "point_cloud.glb", "frames", "viewer.html",
     }  # fmt: skip
     frames = {path.name for path in (workdir / "frames").iterdir()}
     assert frames == {"frames.json", *(f"{i:04}.ply" for i in range(4))}

@@ -22,6 +22,7 @@ FILES = {
     "orbit_frames",
     "point_cloud.ply",
     "report.json",
+    "viewer.html",
 }
 
 
