@@ -25,7 +25,10 @@ def native_extensions() -> list[Extension]:
     ]
 
 
+# Shift-tolerant LPIPS: the weights are read from the package, nothing of it runs.
+PERCEPTUAL = ["stlpips_pytorch>=0.0.2", "safetensors>=0.4"]
 TEST = [
+    *PERCEPTUAL,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
@@ -39,7 +42,13 @@ TEST = [
 ]
 FORMATS = ["gsply>=0.4.6"]
 BROWSER = ["playwright>=1.50"]
-PARITY = ["torch==2.13.0", "diffusers>=0.35", "gsplat==1.5.3"]
+PARITY = [
+    "torch==2.13.0",
+    "torchvision==0.28.0",
+    "lpips==0.1.4",
+    "diffusers>=0.35",
+    "gsplat==1.5.3",
+]
 DEV = ["ruff>=0.9", "pyright>=1.1.400", "pre-commit>=4", "clang-format>=21"]
 
 setup(
@@ -75,6 +84,7 @@ setup(
     ],
     extras_require={
         "formats": FORMATS,
+        "perceptual": PERCEPTUAL,
         "test": TEST,
         "dev": TEST + DEV,
         "parity": TEST + PARITY,

@@ -5,10 +5,12 @@
 prints a table of means and writes into EVAL: `evaluation.json` (means and single frames),
 `evaluation.png` (the single frames as curves) and `evaluation_NAME.png` per view set (frames above
 their renders). The view sets are the dynamic orbit, the static orbit, and the front frames, which
-no reconstruction is fitted to. The column `still` is the PSNR of the asset holding its pose of the
-static orbit: what its motion has to beat.
+no reconstruction is fitted to; of other captures, the frames to fit and each held-out set. The
+column `still` is the PSNR of the asset holding its pose of the static orbit: what its motion has to
+beat.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +20,12 @@ import numpy as np
 from absl import flags, logging
 
 from d4d_jax import media
-from d4d_jax.clips import read_clip
+from d4d_jax.metrics import Lpips
 from experiments import cli
-from gaussians import io
+from experiments.reconstruct import load_perceptual
+from gaussians import datasets, io
 from gaussians.asset import Asset
-from gaussians.captures import Capture, of_clip
+from gaussians.captures import Capture
 from gaussians.evaluation import render_views, score
 
 #: Of the table and the plot: key, heading, unit.
@@ -30,6 +33,7 @@ _COLUMNS = (
     ("psnr", "PSNR", "dB"),
     ("still", "still", "dB"),
     ("ssim", "SSIM", ""),
+    ("lpips", "LPIPS", ""),
     ("alpha_iou", "IoU", ""),
     ("floaters", "floaters", ""),
 )
@@ -42,19 +46,25 @@ def main() -> None:
     options = flags.FLAGS
     asset = io.load_asset(options.asset)
     size = (options.size, options.size) if options.size else None
-    clip = read_clip(options.clip, size=size, background=asset.background)
     rest = asset.meta.get("static_time") or 0.0
-    capture = of_clip(clip, rest)
+    capture = datasets.read_capture(options.clip, size=size, background=asset.background)
+    if capture.still is not None:
+        times = np.full(len(capture.still), rest, np.float32)
+        still = dataclasses.replace(capture.still, timestamps=times)
+        capture = dataclasses.replace(capture, still=still)
+    perceptual = load_perceptual(options.perceptual)
     names = ["evaluation.json", "evaluation.png", *(f"evaluation_{n}.png" for n in capture.sets)]
     workdir = cli.claim_workdir(options.workdir, names, overwrite=options.overwrite)
     cli.log_devices()
-    scores = evaluate(asset, capture, rest, workdir)
+    scores = evaluate(asset, capture, rest, workdir, perceptual)
     write_report(scores, capture, workdir)
     print(table(scores))
     logging.info("Wrote %s.", workdir)
 
 
-def evaluate(asset: Asset, capture: Capture, rest: float, workdir: Path) -> dict[str, Scores]:
+def evaluate(
+    asset: Asset, capture: Capture, rest: float, workdir: Path, perceptual: Lpips | None = None
+) -> dict[str, Scores]:
     """Scores per frame of every view set; writes a picture of each set.
 
     Args:
@@ -62,12 +72,13 @@ def evaluate(asset: Asset, capture: Capture, rest: float, workdir: Path) -> dict
         capture: its view sets.
         rest: timestamp of the pose that the column `still` holds.
         workdir: an existing folder.
+        perceptual: for the score `lpips`.
     """
     scores = {}
     for name, views in capture.sets.items():
         rendered = render_views(asset, views)
         held = score(render_views(asset, views, at=rest), views)
-        scores[name] = score(rendered, views) | {"still": held["psnr"]}
+        scores[name] = score(rendered, views, perceptual) | {"still": held["psnr"]}
         sheet = media.contact_sheet([views.rgb, rendered.rgb], min(12, len(views)))
         media.write_image(workdir / f"evaluation_{name}.png", sheet)
     return scores
@@ -92,7 +103,7 @@ def write_report(scores: Mapping[str, Scores], capture: Capture, workdir: Path) 
 
 def table(scores: Mapping[str, Scores]) -> str:
     """A markdown table of the means, one row a view set."""
-    shown = [column for column in _COLUMNS if any(column[0] in s for s in scores.values())]
+    shown = _present(scores)
     headings = [f"{heading} ({unit})" if unit else heading for _, heading, unit in shown]
     lines = [
         f"| views | frames | {' | '.join(headings)} |",
@@ -104,13 +115,18 @@ def table(scores: Mapping[str, Scores]) -> str:
     return "\n".join(lines)
 
 
+def _present(scores: Mapping[str, Scores]) -> list[tuple[str, str, str]]:
+    return [column for column in _COLUMNS if any(column[0] in s for s in scores.values())]
+
+
 def _plot(scores: Mapping[str, Scores], capture: Capture, path: Path) -> None:
     """One panel a score, one curve a view set."""
     from matplotlib.figure import Figure  # Imported here: it starts slowly.
 
-    figure = Figure(figsize=(9, 2.2 * len(_COLUMNS)), layout="constrained")
-    panels = figure.subplots(len(_COLUMNS), sharex=True)
-    for panel, (key, heading, unit) in zip(panels, _COLUMNS, strict=True):
+    columns = _present(scores)
+    figure = Figure(figsize=(9, 2.2 * len(columns)), layout="constrained")
+    panels = figure.subplots(len(columns), sharex=True)
+    for panel, (key, heading, unit) in zip(panels, columns, strict=True):
         for name, views in capture.sets.items():
             if key in scores[name]:
                 # Frames of one instant, as of the static orbit, are drawn side by side.
@@ -125,7 +141,10 @@ def _plot(scores: Mapping[str, Scores], capture: Capture, path: Path) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("asset", None, "An asset.npz of a reconstruction.", required=True)
-    flags.DEFINE_string("clip", None, "Folder of the clip, in the published layout.", required=True)
+    flags.DEFINE_string(
+        "clip", None, "Folder of the clip, or another capture (gaussians.datasets).", required=True
+    )
+    flags.DEFINE_string("perceptual", None, "Adds LPIPS: stlpips, or BACKBONE:FILE of torchvision.")
     flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
     flags.DEFINE_bool("overwrite", False, "Replace the results of an earlier evaluation.")
     flags.DEFINE_integer(

@@ -15,6 +15,7 @@ from absl import flags, logging
 from d4d_jax import clips
 from experiments import cli, sample
 from experiments.reconstruct import fit, outputs, to_config, write_results
+from gaussians.captures import of_clip
 
 #: The asset along the orbit; `orbit.mp4` is the sampled video.
 _ORBIT = "asset_orbit.mp4"
@@ -33,7 +34,8 @@ def main() -> None:
         clip = clips.read_clip(workdir / "orbit_frames")
         asset, seconds = fit(clip, config, sample.SEED.value)
     facts = {"prompt": sample.settings(), "measured_motion": clip.motion}
-    report = write_results(asset, clip, workdir, seconds=seconds, orbit=_ORBIT, facts=facts)
+    capture = of_clip(clip, asset.meta["static_time"])
+    report = write_results(asset, capture, workdir, seconds=seconds, orbit=_ORBIT, facts=facts)
     logging.info("Wrote %s: %s", workdir, json.dumps(report))
 
 

@@ -17,6 +17,7 @@ goes on from there, and ends with the asset that an uninterrupted run would have
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 import typing
@@ -32,9 +33,11 @@ from absl import flags, logging
 from d4d_jax import media, metrics
 from d4d_jax.cameras import Camera
 from d4d_jax.clips import OrbitClip, read_clip
+from d4d_jax.metrics import Lpips, load_lpips, load_stlpips
 from experiments import cli
-from gaussians import captures, io
+from gaussians import datasets, io, preparation
 from gaussians.asset import Asset
+from gaussians.captures import Capture, of_clip
 from gaussians.evaluation import Rendered, render_views, score
 from gaussians.reconstruct import Progress, ReconstructConfig, reconstruct
 from gaussians.snapshot import FileKeeper, Interrupted, Keeper
@@ -48,8 +51,9 @@ def main() -> None:
     """Reconstructs the clip of the command line."""
     options = flags.FLAGS
     size = (options.size, options.size) if options.size else None
-    clip = read_clip(options.clip, size=size)
+    source, capture = read_source(options.clip, size)
     config = to_config(options.config)
+    perceptual = load_perceptual(options.perceptual)
     formats = [f".{name}" for name in options.export]
     frames = f".{options.frames}" if options.frames else None
     for suffix in [*formats, *filter(None, [frames])]:
@@ -65,27 +69,68 @@ def main() -> None:
         if options.overwrite:
             keeper.discard()
         try:
-            asset, seconds = fit(clip, config, options.seed, keeper)
+            asset, seconds = fit(source, config, options.seed, keeper, perceptual)
         except Interrupted as stop:
             logging.warning("%s The same command goes on from there.", stop)
             sys.exit(128 + stop_signal())
     for suffix in formats:
         io.export(workdir / f"point_cloud{suffix}", asset)
     if frames:
-        times = clip.timestamps
+        times = capture.instants
         io.export_sequence(workdir / "frames", asset, times, suffix=frames, overwrite=True)
-    report = write_results(asset, clip, workdir, seconds=seconds)
+    title = source.caption if isinstance(source, OrbitClip) else Path(options.clip).stem
+    report = write_results(asset, capture, workdir, seconds=seconds, title=title)
     keeper.discard()
     logging.info("Wrote %s: %s", workdir, json.dumps(report))
 
 
+def read_source(path: str, size: tuple[int, int] | None) -> tuple[OrbitClip | Capture, Capture]:
+    """What `reconstruct` takes, a clip where it is one, and the view sets in it.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing that can be read.
+    """
+    if os.path.exists(path) and datasets.find_layout(path) != "clip":
+        capture = datasets.read_capture(path, size=size)
+        logging.info(
+            "%d frames of %d instants; the world is moved by %s and scaled by %.4g.",
+            len(capture.moving),
+            len(capture.instants),
+            [-round(float(x), 4) for x in capture.centre],
+            capture.scale,
+        )
+        return capture, capture
+    clip = read_clip(path, size=size)
+    return clip, of_clip(clip, preparation.find_static_time(clip))
+
+
+def load_perceptual(choice: str | None) -> Lpips | None:
+    """The distance that --perceptual names: "stlpips", or BACKBONE:FILE with torchvision weights.
+
+    Raises:
+        FileNotFoundError, ValueError: it is neither, or the weights cannot be read.
+    """
+    if choice is None:
+        return None
+    if choice == "stlpips":
+        return load_stlpips()
+    backbone, colon, path = choice.partition(":")
+    if not colon:
+        raise ValueError(f"--perceptual is stlpips or BACKBONE:FILE, not {choice!r}.")
+    return load_lpips(backbone, path)
+
+
 def fit(
-    clip: OrbitClip, config: ReconstructConfig, seed: int, keeper: Keeper | None = None
+    source: OrbitClip | Capture,
+    config: ReconstructConfig,
+    seed: int,
+    keeper: Keeper | None = None,
+    perceptual: Lpips | None = None,
 ) -> tuple[Asset, float]:
     """Reconstructs with progress shown; returns the asset and the seconds this process took."""
     begin = time.monotonic()
-    key = jax.random.key(seed)
-    asset = reconstruct(clip, config, key, callback=ProgressLine(), keeper=keeper)
+    key, shown = jax.random.key(seed), ProgressLine()
+    asset = reconstruct(source, config, key, shown, keeper=keeper, perceptual=perceptual)
     return asset, time.monotonic() - begin
 
 
@@ -106,27 +151,29 @@ def to_config(config: ml_collections.ConfigDict) -> ReconstructConfig:
 
 def write_results(
     asset: Asset,
-    clip: OrbitClip,
+    capture: Capture,
     workdir: Path,
     *,
     seconds: float,
+    title: str = "",
     orbit: str = "orbit.mp4",
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes all files of a reconstruction but those of the clip; the report comes last.
+    """Writes all files of a reconstruction but those of the capture; the report comes last.
 
     Args:
         asset: what was reconstructed.
-        clip: what it was reconstructed from.
+        capture: what it was reconstructed from.
         workdir: an existing folder.
         seconds: that the fit took.
+        title: of the viewer page.
         orbit: file name of the video along the orbit.
         facts: further entries of the report.
 
     Returns:
         The report. `psnr` (dB) and `ssim` are means over the frames of a view set, None for a set
-        that the clip lacks. `alpha_iou` compares silhouettes and `floaters` is the share of the
-        rendered alpha outside the true ones, where the clip has alpha.
+        that the capture lacks. `alpha_iou` compares silhouettes and `floaters` is the share of the
+        rendered alpha outside the true ones, where the frames have alpha.
         `front_unseen` judges the motion: PSNR over the front frames that are no frames of the
         orbit (a closed orbit ends where it began), and what the first static frame held still
         reaches on them, the best that an asset without motion could do.
@@ -134,18 +181,19 @@ def write_results(
     (workdir / "report.json").unlink(missing_ok=True)  # It stands for a complete set of files.
     io.save_asset(workdir / "asset.npz", asset)
     io.write_ply(workdir / "point_cloud.ply", asset.at(0.0))
-    write_viewer(workdir / "viewer.html", asset, title=clip.caption or "Asset")
-    capture = captures.of_clip(clip, asset.meta["static_time"] or 0.0)
-    renders = {name: render_views(asset, views) for name, views in capture.sets.items()}
+    write_viewer(workdir / "viewer.html", asset, title=title or "Asset")
+    sets, moving = capture.sets, capture.moving
+    renders = {name: render_views(asset, views) for name, views in sets.items()}
     media.write_video(workdir / orbit, renders["dynamic"].rgb)
-    side = _repeated(clip.camera, (clip.num_frames - 1) // 4, clip.num_frames)
-    media.write_video(workdir / "novel.mp4", asset.render_video(side, clip.timestamps))
-    rows = [rgb for name, views in capture.sets.items() for rgb in (views.rgb, renders[name].rgb)]
+    side = _repeated(moving.camera, (len(moving) - 1) // 4, len(capture.instants))
+    media.write_video(workdir / "novel.mp4", asset.render_video(side, capture.instants))
+    alike = [name for name, views in sets.items() if views.rgb.shape[1:] == moving.rgb.shape[1:]]
+    rows = [rgb for name in alike for rgb in (sets[name].rgb, renders[name].rgb)]
     media.write_image(workdir / "comparison.png", media.contact_sheet(rows, _COLUMNS))
-    scores = {name: score(renders[name], views) for name, views in capture.sets.items()}
+    scores = {name: score(renders[name], views) for name, views in sets.items()}
     report = {
         **{key: _means(scores, key) for key in ("psnr", "ssim", "alpha_iou", "floaters")},
-        "front_unseen": _front_unseen(clip, renders.get("front")),
+        "front_unseen": _front_unseen(capture, renders.get("front")),
         "seconds": round(seconds, 1),
         "splats": asset.meta["splats"],
         "steps": asset.meta["steps"],
@@ -214,8 +262,9 @@ def _repeated(camera: Camera, index: int, times: int) -> Camera:
 
 def _means(scores: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, float | None]:
     """The mean of one score over the frames of every view set; None where there is none."""
+    views = dict.fromkeys([*_VIEWS, *scores])
     return {
-        view: _mean(scores[view][key]) if key in scores.get(view, {}) else None for view in _VIEWS
+        view: _mean(scores[view][key]) if key in scores.get(view, {}) else None for view in views
     }
 
 
@@ -231,22 +280,27 @@ def _mean(values: Any) -> float:
     return round(mean, 4)
 
 
-def _front_unseen(clip: OrbitClip, render: Rendered | None) -> dict[str, float] | None:
+def _front_unseen(capture: Capture, render: Rendered | None) -> dict[str, float] | None:
     """PSNR of the front frames from which no orbit frame was taken; None without such frames."""
-    if render is None or clip.static is None:
+    if render is None or capture.still is None:
         return None
-    poses = np.asarray(clip.camera.world_to_camera)
+    poses = np.asarray(capture.moving.camera.world_to_camera)
     unseen = ~np.isclose(poses, poses[0], atol=1e-5).all(axis=(1, 2))
     if not unseen.any():
         return None
-    truth = np.asarray(clip.front)[unseen]
-    still = np.broadcast_to(np.asarray(clip.static)[:1], truth.shape)
+    truth = np.asarray(capture.held_out["front"].rgb)[unseen]
+    still = np.broadcast_to(np.asarray(capture.still.rgb)[:1], truth.shape)
     scores = {"psnr": render.rgb[unseen], "hold_still": still}
     return {name: _mean(metrics.psnr(frames, truth)) for name, frames in scores.items()}
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("clip", None, "Folder of the clip, in the published layout.", required=True)
+    flags.DEFINE_string(
+        "clip", None, "Folder of the clip, or another capture (gaussians.datasets).", required=True
+    )
+    flags.DEFINE_string(
+        "perceptual", None, "For config.weights.lpips: stlpips, or BACKBONE:FILE of torchvision."
+    )
     flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
     flags.DEFINE_bool("overwrite", False, "Start anew and replace the results of an earlier run.")
     flags.DEFINE_list("export", [], "Further formats of the splats at t = 0: spz, glb.")

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -41,13 +42,19 @@ def render_views(
     return Rendered(np.clip(rgb, 0, 1), np.clip(alpha, 0, 1))
 
 
-def score(rendered: Rendered, views: Views) -> dict[str, Float[np.ndarray, "v"]]:
+_lpips = jax.jit(metrics.Lpips.__call__)
+
+
+def score(
+    rendered: Rendered, views: Views, perceptual: metrics.Lpips | None = None
+) -> dict[str, Float[np.ndarray, "v"]]:
     """Scores of every frame, by name.
 
     - `psnr`: dB. `ssim`: in [-1, 1], Gaussian window.
     - `alpha_iou`: of the silhouettes, in [0, 1]; only for views with alpha.
     - `floaters`: share of the rendered alpha that lies where the true alpha is 0, in [0, 1]; only
       for views with alpha.
+    - `lpips`: distance by `perceptual`, at least 0; only where that is given.
     """
     scores = {
         "psnr": metrics.psnr(rendered.rgb, views.rgb),
@@ -56,6 +63,9 @@ def score(rendered: Rendered, views: Views) -> dict[str, Float[np.ndarray, "v"]]
     if views.alpha is not None:
         scores["alpha_iou"] = metrics.alpha_iou(rendered.alpha, views.alpha)
         scores["floaters"] = floaters(rendered.alpha, views.alpha)
+    if perceptual is not None:  # frame by frame: the features of an image take up to 33 MB
+        pairs = zip(rendered.rgb, np.asarray(views.rgb), strict=True)
+        scores["lpips"] = jnp.stack([_lpips(perceptual, image, truth) for image, truth in pairs])
     return {name: np.asarray(values) for name, values in scores.items()}
 
 

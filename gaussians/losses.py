@@ -22,6 +22,7 @@ class LossWeights:
     Attributes:
         l1: mean absolute colour error.
         dssim: 1 - SSIM. 3DGS uses 0.8 and 0.2 for these two.
+        lpips: perceptual distance; it needs weights that the caller gives.
         alpha: mean absolute error of the silhouette, for frames that carry alpha.
         depth: edge-aware depth smoothness.
         plane_tv, time_smoothness, time_l1: regularisers of the HexPlane field.
@@ -31,6 +32,7 @@ class LossWeights:
 
     l1: float = 0.8
     dssim: float = 0.2
+    lpips: float = 0.0
     alpha: float = 0.3
     depth: float = 0.0
     plane_tv: float = 1e-4

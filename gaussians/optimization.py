@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from d4d_jax import pytree
 from d4d_jax.clips import Color
+from d4d_jax.metrics import Lpips
 from d4d_jax.typing import PyTree
 from gaussians import losses
 from gaussians.captures import Views
@@ -149,6 +150,7 @@ def view_loss(
     views: Views,
     index: int | Int[Array, ""],
     settings: StepSettings,
+    perceptual: Lpips | None = None,
 ) -> tuple[Float[Array, ""], StepReport]:
     """The weighted loss of one view, and what to report about it."""
     splats = Splats(**params["splats"], active=active)
@@ -169,6 +171,8 @@ def view_loss(
     terms = {"l1": losses.l1(render.rgb, target)}
     if weights.dssim > 0:
         terms["dssim"] = losses.dssim(render.rgb, target)
+    if perceptual is not None and weights.lpips > 0:
+        terms["lpips"] = perceptual(render.rgb, target)
     if weights.alpha > 0 and views.alpha is not None:
         terms["alpha"] = losses.alpha_l1(render.alpha, views.alpha[index])
     if weights.depth > 0:
@@ -188,11 +192,12 @@ def batch_loss(
     views: Views,
     indices: Int[Array, "b"],
     settings: StepSettings,
+    perceptual: Lpips | None = None,
 ) -> tuple[Float[Array, ""], StepReport]:
     """The mean of `view_loss` over several views, which have a probe each (leading axis b)."""
 
     def one(index: Int[Array, ""], probe: Probe) -> tuple[Float[Array, ""], StepReport]:
-        return view_loss(params, probe, active, views, index, settings)
+        return view_loss(params, probe, active, views, index, settings, perceptual)
 
     if indices.shape[0] == 1:  # spares a single view the batching of everything
         batched = jax.tree.map(
@@ -217,6 +222,7 @@ def step(
     indices: Int[Array, "b"],
     rate: Float[Array, ""],
     key: PRNGKeyArray,
+    perceptual: Lpips | None = None,
     *,
     settings: StepSettings,
 ) -> tuple[TrainState, StepReport]:
@@ -233,7 +239,7 @@ def step(
     probe = Probe.zeros(state.active.shape[0], absolute=density.absolute)
     probes = jax.tree.map(lambda zeros: jnp.broadcast_to(zeros, (batch, *zeros.shape)), probe)
     (_, report), (grads, pulls) = jax.value_and_grad(batch_loss, argnums=(0, 1), has_aux=True)(
-        state.params, probes, state.active, views, indices, settings
+        state.params, probes, state.active, views, indices, settings, perceptual
     )
     updates, moments = optimizer(settings.rates).update(grads, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)

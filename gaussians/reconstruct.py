@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from d4d_jax.clips import OrbitClip
+from d4d_jax.metrics import Lpips
 from gaussians import densify, preparation
 from gaussians.asset import Asset, pair_capacity
 from gaussians.captures import Capture, of_clip
@@ -165,6 +166,7 @@ def reconstruct(
     callback: Callable[[Progress], None] | None = None,
     *,
     keeper: Keeper | None = None,
+    perceptual: Lpips | None = None,
 ) -> Asset:
     """Fits moving Gaussians to the dynamic and static orbit of a clip, or to another capture.
 
@@ -178,6 +180,7 @@ def reconstruct(
         config: the choices.
         key: places the first splats and orders the views.
         callback: called after every step.
+        perceptual: the distance of the loss `lpips`, for configurations that give it a weight.
         keeper: takes snapshots of the run, may hold one to resume from, and may stop the run.
 
     Raises:
@@ -201,7 +204,8 @@ def reconstruct(
             int(splats.active.sum()),
         )
     state = create_state(splats, jax.jit(field.init)(field_key, splats), config.rates)
-    fit = _Fit(capture, config, field, callback, keeper, digest(capture, config, key))
+    name = digest(capture, config, key)
+    fit = _Fit(capture, config, field, callback, keeper, perceptual, name)
     state = fit.resume(state)
     for number, (name, stage) in enumerate(fit.stages.items()):
         if name == "coarse" and fit.begins(name) and isinstance(source, OrbitClip):
@@ -263,14 +267,22 @@ class _Fit:
         field: Deformation,
         callback: Callable[[Progress], None] | None,
         keeper: Keeper | None,
+        perceptual: Lpips | None,
         name: str,
     ):
         self.capture, self.config, self.field = capture, config, field
         self.callback, self.keeper, self.name = callback, keeper, name
+        self.perceptual = perceptual
         stages = {"warmup": config.warmup, "coarse": config.coarse, "fine": config.fine}
         if capture.still is None:
             del stages["warmup"]
         self.stages = {name: stage for name, stage in stages.items() if stage.steps}
+        weights = [stage.weights or config.weights for stage in self.stages.values()]
+        if perceptual is None and any(w.lpips > 0 for w in weights):
+            raise ValueError(
+                "The loss lpips has a weight but no network: give `perceptual`, such as"
+                " d4d_jax.metrics.load_stlpips()."
+            )
         ends = list(itertools.accumulate(stage.steps for stage in self.stages.values()))
         self.starts = dict(zip(self.stages, [0, *ends], strict=False))
         self.total = ends[-1] if ends else 0
@@ -376,6 +388,7 @@ class _Fit:
                 jnp.asarray(indices),
                 jnp.asarray(rate, jnp.float32),
                 key,
+                self.perceptual,
                 settings=settings,
             )
             overflow = int(report.overflow)

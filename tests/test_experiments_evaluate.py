@@ -86,7 +86,7 @@ def test_pictures_show_every_view_set(evaluated):
     ("extra", "words"),
     [
         (["--asset=absent.npz"], "no asset absent.npz"),
-        (["--clip=absent"], "no clip folder 'absent'"),
+        (["--clip=absent"], "There is no capture 'absent'"),
         ([], "already holds evaluation.json"),
     ],
 )

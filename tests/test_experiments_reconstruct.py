@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import capture_files
 import jax
 import numpy as np
 import plyfile
@@ -21,7 +22,9 @@ from d4d_jax.data import synthetic
 from experiments import reconstruct as binary
 from experiments.configs import reconstruct as configs
 from gaussians import io
+from gaussians.captures import of_clip
 from gaussians.deformation import build
+from gaussians.evaluation import Rendered
 from gaussians.rasterize import chosen
 from gaussians.reconstruct import ReconstructConfig
 
@@ -140,7 +143,7 @@ def test_overwriting_is_possible_and_front_frames_may_be_missing(clip_folder, tm
     (tmp_path / "report.json").write_text("{}")
     bare = clips.OrbitClip(clip.camera, clip.timestamps, dynamic=clip.dynamic)
     asset = binary.reconstruct(bare, binary.to_config(config), jax.random.key(0))
-    report = binary.write_results(asset, bare, tmp_path, seconds=1.0)
+    report = binary.write_results(asset, of_clip(bare, 0.0), tmp_path, seconds=1.0)
     assert report["psnr"]["front"] is None and report["psnr"]["static"] is None
     assert report["front_unseen"] is None and report["psnr"]["dynamic"] > 0
     assert json.loads((tmp_path / "report.json").read_text()) == report
@@ -169,8 +172,46 @@ def test_front_frames_that_the_orbit_shows_are_not_unseen():
     render = clip.front.copy()
     render[[0, 3]] = 0.0
     render[1:3] = np.clip(render[1:3] + 0.1, 0, None)
-    unseen = binary._front_unseen(clip, render)
+    capture = of_clip(clip, 0.0)
+    unseen = binary._front_unseen(capture, Rendered(render, clip.front_alpha))
     assert unseen["psnr"] == pytest.approx(20.0, abs=0.01)
     assert 0 < unseen["hold_still"] < 60
+    nothing = Rendered(np.full_like(render, np.nan), clip.front_alpha)
     with pytest.raises(ValueError, match="A score is nan"):
-        binary._front_unseen(clip, np.full_like(render, np.nan))
+        binary._front_unseen(capture, nothing)
+
+
+def test_other_captures_are_reconstructed_and_evaluated(tmp_path):
+    folder, out = tmp_path / "capture", tmp_path / "out"
+    times = np.linspace(0, 1, 6)
+    sets = {
+        "train": (capture_files.ring(6, size=24), times),
+        "test": (capture_files.ring(3, start=0.5, size=24), times[::2]),
+    }
+    capture_files.write_transforms(folder, sets)
+    result = run(f"--clip={folder}", f"--workdir={out}", SMOKE)
+    assert result.returncode == 0, result.stderr
+    assert "6 frames of 6 instants; the world is moved by" in result.stderr
+    report = json.loads((out / "report.json").read_text())
+    assert report["psnr"]["test"] > 10 and report["psnr"]["static"] is None
+    arguments = [f"--asset={out / 'asset.npz'}", f"--clip={folder}", "--perceptual=stlpips"]
+    command = [sys.executable, "-m", "experiments.evaluate", *arguments]
+    result = subprocess.run(
+        [*command, f"--workdir={out / 'scores'}"], **OPTIONS, capture_output=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    scores = json.loads((out / "scores" / "evaluation.json").read_text())
+    assert list(scores) == ["dynamic", "test"]
+    assert scores["test"]["mean"]["psnr"] == pytest.approx(report["psnr"]["test"], abs=1e-3)
+    assert all(0 < value < 2 for value in scores["test"]["frames"]["lpips"])
+    assert "LPIPS" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [("vgg", "stlpips or BACKBONE:FILE, not 'vgg'"), ("vgg:absent.pth", "absent.pth")],
+)
+def test_perceptual_networks_that_cannot_be_had_are_named(choice, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        binary.load_perceptual(choice)
+    assert binary.load_perceptual(None) is None

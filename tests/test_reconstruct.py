@@ -7,12 +7,14 @@ import pytest
 
 from d4d_jax import cameras, clips, metrics
 from d4d_jax.data import synthetic
+from d4d_jax.metrics import load_stlpips
 from gaussians import preparation
 from gaussians.asset import pair_capacity
 from gaussians.captures import of_clip
 from gaussians.deformation import build
 from gaussians.deformation.lifespan import Lifespan
 from gaussians.densify import AdaptiveDensity, MCMCDensity
+from gaussians.losses import LossWeights
 from gaussians.optimization import LearningRates, StepSettings, create_state, refine, step
 from gaussians.reconstruct import ReconstructConfig
 from gaussians.reconstruct import reconstruct as run
@@ -339,3 +341,17 @@ def test_the_peak_over_time_saves_short_lived_splats_from_pruning(clip):
     state = create_state(faint, lit, CONFIG.rates)
     refined, report = refine(state, jax.random.key(2), 120, density=CONFIG.density, field=field)
     assert int(report.pruned) == 40 and np.asarray(refined.active)[:10].all()
+
+
+def test_a_perceptual_loss_takes_part_when_it_has_a_weight(clip):
+    weighted = dataclasses.replace(
+        SHORT, warmup=Stage(0), coarse=Stage(0), weights=LossWeights(lpips=0.5)
+    )
+    with pytest.raises(ValueError, match="loss lpips has a weight but no network"):
+        run(clip, weighted, jax.random.key(0))
+    losses, distance = [], load_stlpips()
+    for config in (weighted, dataclasses.replace(weighted, weights=LossWeights())):
+        seen = []
+        run(clip, config, jax.random.key(0), seen.append, perceptual=distance)
+        losses.append(seen[0].loss)
+    assert losses[1] + 0.05 < losses[0] < losses[1] + 0.5

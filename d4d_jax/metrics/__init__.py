@@ -1,7 +1,9 @@
 """Scores of images and clips: arrays in, one number per image (or clip) out."""
 
 from d4d_jax.metrics.iou import alpha_iou
+from d4d_jax.metrics.lpips import Lpips
+from d4d_jax.metrics.perceptual_weights import load_lpips, load_stlpips
 from d4d_jax.metrics.psnr import psnr
 from d4d_jax.metrics.ssim import ssim
 
-__all__ = ["alpha_iou", "psnr", "ssim"]
+__all__ = ["Lpips", "alpha_iou", "load_lpips", "load_stlpips", "psnr", "ssim"]

@@ -81,6 +81,7 @@ def _default() -> ml_collections.ConfigDict:
     config.weights = dict(
         l1=0.8,
         dssim=0.2,
+        lpips=0.0,
         alpha=0.3,
         depth=0.0,
         plane_tv=1e-4,
