@@ -60,27 +60,21 @@ def rigid_motion(field, params, rotations, shifts):
 def test_starts_exactly_as_the_identity(sizes):
     field, splats = ControlPoints(**sizes), make_splats(capacity=33)
     params = first_params(field, splats)
-    assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(params))
     apply = jax.jit(field.apply)
     for t in (0.0, 0.37, 1.0):
-        moved = apply(params, splats, t)
-        jax.tree.map(np.testing.assert_array_equal, moved, splats)
+        jax.tree.map(np.testing.assert_array_equal, apply(params, splats, t), splats)
     for name, value in jax.jit(field.regularization)(params).items():
         assert float(value) < 1e-12, name
 
 
-@pytest.mark.parametrize("count", [1, 3, 11])
-def test_nearest_agrees_with_a_tree(count):
+@pytest.mark.parametrize("count", [1, 3, 14])
+def test_nearest_agrees_with_a_stable_sort(count):
     rng = np.random.default_rng(count)
     points, nodes = (rng.normal(size=(n, 3)).astype(np.float32) for n in (200, 11))
-    expected = cKDTree(nodes).query(points, np.arange(1, count + 1))[1]
+    nodes = np.concatenate([nodes, nodes[2:5]])  # of equally near nodes the first wins
+    distances = np.linalg.norm(points[:, None] - nodes.astype(float), axis=-1)
+    expected = np.argsort(distances, axis=1, kind="stable")[:, :count]
     np.testing.assert_array_equal(rigidity.nearest(points, nodes, count), expected)
-
-
-def test_of_equally_near_nodes_the_first_wins():
-    nodes = np.array([[2.0, 0, 0], [1, 0, 0], [-1, 0, 0], [1, 0, 0]], np.float32)
-    index = rigidity.nearest(np.zeros((1, 3), np.float32), nodes, 4)
-    np.testing.assert_array_equal(index, [[1, 2, 3, 0]])
 
 
 def naive_farthest_points(points, count):
@@ -106,20 +100,13 @@ def test_farthest_points_are_the_classic_ones_of_the_active_slots(seed):
     np.testing.assert_array_equal(order[shuffled], expected)
 
 
-def test_the_nodes_may_be_all_splats():
-    splats = make_splats(12)
-    params = first_params(ControlPoints(num_nodes=12), splats)
-    nodes = sorted(map(tuple, np.asarray(params["nodes"]["positions"])))
-    assert nodes == sorted(map(tuple, np.asarray(splats.means)))
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_fewer_splats_than_nodes_share_them(count):
-    """Nodes coincide then; everything stays finite and a push still moves the splats."""
-    field, splats = ControlPoints(**SIZES), make_splats(count, capacity=5)
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_as_many_nodes_as_splats_or_more(count):
+    """With more, nodes coincide; everything stays finite and a push still moves the splats."""
+    field, splats = ControlPoints(**SIZES), make_splats(count, capacity=9)
     params = first_params(field, splats)
-    used = {tuple(node) for node in np.asarray(params["nodes"]["positions"])}
-    assert used == {tuple(mean) for mean in np.asarray(splats.means)[:count]}
+    used = set(map(tuple, np.asarray(params["nodes"]["positions"])))
+    assert used == set(map(tuple, np.asarray(splats.means)[:count]))
 
     def value(params):
         moved = field.apply(params, splats, 0.4)
@@ -207,7 +194,6 @@ def test_arap_of_known_deformations():
     np.testing.assert_array_equal(neighbours, expected)
     shares = np.exp(-(distances**2) / np.mean(distances**2))
     np.testing.assert_allclose(weights, shares / shares.sum(1, keepdims=True), rtol=1e-5)
-    np.testing.assert_allclose(np.sum(weights, axis=1), 1, rtol=1e-6)
 
     still = np.broadcast_to(np.eye(3, dtype=np.float32), (2, 9, 3, 3))
     grown = np.stack([rest, 1.2 * rest + 3]).astype(np.float32)  # the second a fifth larger
@@ -231,9 +217,11 @@ def test_at_its_best_rotations_arap_is_that_of_sc_gs():
         total += root**2
         length += weights[i] @ np.sum(links**2, -1)
     arguments = [np.asarray(a, np.float32) for a in (rest, moved[None])]
-    value = lambda r: float(  # noqa: E731
-        rigidity.arap(*arguments, np.asarray(r, np.float32)[None], neighbours, weights)
-    )
+
+    def value(rotations):
+        rotations = np.asarray(rotations, np.float32)[None]
+        return float(rigidity.arap(*arguments, rotations, neighbours, weights))
+
     assert value(fitted) == pytest.approx(total / length, rel=1e-4)
     for seed in range(3):
         nudge = Rotation.from_rotvec(np.random.default_rng(seed).normal(size=3) * 0.05)
@@ -304,8 +292,7 @@ def test_unused_slots_hold_any_numbers():
         return jnp.sum(jnp.where(splats.active[:, None], moved.means, 0) ** 2), moved
 
     run = jax.jit(jax.value_and_grad(value, has_aux=True))
-    (_, moved), gradient = run(params, splats)
-    (_, other), outcome = run(params, wild)
+    ((_, moved), gradient), ((_, other), outcome) = (run(params, s) for s in (splats, wild))
     np.testing.assert_array_equal(moved.means[:20], other.means[:20])
     jax.tree.map(np.testing.assert_array_equal, gradient, outcome)
 
@@ -315,11 +302,10 @@ def test_results_follow_the_splats_through_densification():
     params = random_params(field, splats)
     source = jnp.asarray(np.random.default_rng(4).integers(0, 30, 30))
     rows = jax.tree.map(lambda leaf: leaf[source], splats)
-    apply = jax.jit(field.apply)
-    moved = apply(field.gather(params, source), rows, 0.6)
-    expected = jax.tree.map(lambda leaf: leaf[source], apply(params, splats, 0.6))
-    for new, old in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(new, old, atol=1e-6)
+    apply = jax.jit(lambda p, s: field.apply(p, s, 0.6))
+    moved = apply(field.gather(params, source), rows)
+    expected = jax.tree.map(lambda leaf: leaf[source], apply(params, splats))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), moved, expected)
 
 
 def test_hold_keeps_the_past_and_freezes_the_future():
@@ -329,9 +315,8 @@ def test_hold_keeps_the_past_and_freezes_the_future():
     for t in (0.0, 0.2, 0.5):
         before, after = (apply(p, splats, t) for p in (params, held))
         jax.tree.map(np.testing.assert_array_equal, before, after)
-    for t in (0.6, 1.0):
-        later = apply(held, splats, t)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), later, after)
+    later = apply(held, splats, 0.8)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), later, after)
     network = ControlPoints(**MLP)
     params = random_params(network, splats)
     jax.tree.map(np.testing.assert_array_equal, network.hold(params, 0.5), params)
@@ -375,8 +360,7 @@ def fit(field, rest, paths, seen, weights, rate, steps=100):
 def test_an_articulated_motion_is_recovered_and_rigidity_keeps_lengths():
     """Only one side of the body is seen."""
     rest, paths = articulated_body(200, 3)
-    field = ControlPoints(num_nodes=64, graph_neighbours=6, time_resolution=3)
-    seen = rest[:, 2] > 0.0
+    field, seen = ControlPoints(graph_neighbours=6, time_resolution=3), rest[:, 2] > 0.0
     rigid, loose = fit(field, rest, paths, seen, weights=(0.02, 0.0), rate=3e-2)
 
     def stretch(params):
@@ -405,7 +389,7 @@ def test_the_network_learns_the_same_motion():
         ({"graph_neighbours": 0}, "graph_neighbours=0 must be at least 1"),
         ({"motion": "spline"}, "motion must be 'table' or 'mlp'; got 'spline'"),
         ({"time_resolution": 1}, "at least 2 instants; got time_resolution=1"),
-        ({"radius": 0.0}, "radius of control points must be positive; got 0.0"),
+        ({"radius": 0.0}, "must be positive; got 0.0"),
         ({"depth": 0}, "got depth=0, width=128"),
         ({"time_frequencies": -1}, "cannot be negative; got position_frequencies=10"),
     ],

@@ -24,19 +24,20 @@ def nearest(
     five times as fast as `jax.lax.top_k`, in O(n count) memory, and fast enough for every step, so
     that no list of neighbours has to follow the splats through densification.
     """
-    points, nodes = jax.lax.stop_gradient((jnp.asarray(points), jnp.asarray(nodes)))
+    points = jax.lax.stop_gradient(jnp.asarray(points))
+    nodes = jax.lax.stop_gradient(jnp.asarray(nodes))
     coordinates = tuple(points.T)
 
     def insert(best: tuple, entry: tuple[Array, Array]) -> tuple[tuple, None]:
         node, number = entry
-        distance = sum((x - c) ** 2 for x, c in zip(coordinates, node, strict=True))
+        dx, dy, dz = (x - c for x, c in zip(coordinates, node, strict=True))
+        distance = dx * dx + dy * dy + dz * dz
         number = jnp.full(distance.shape, number)
-        updated = []
-        for held, occupant in best:
-            closer = distance < held
-            updated.append((jnp.where(closer, distance, held), jnp.where(closer, number, occupant)))
-            distance = jnp.where(closer, held, distance)
-            number = jnp.where(closer, occupant, number)
+        updated, incoming = [], (distance, number)
+        for held in best:
+            closer = distance < held[0]  # from here on: the list is sorted
+            updated.append(_where(closer, incoming, held))
+            incoming = _where(closer, held, (distance, number))
         return tuple(updated), None
 
     empty = (jnp.full(points.shape[:1], jnp.inf, points.dtype), jnp.zeros(points.shape[0], int))
@@ -98,3 +99,7 @@ def acceleration(moved: Float[AnyArray, "t m 3"]) -> Float[Array, ""]:
     if moved.shape[0] < 3:
         return jnp.zeros(())
     return jnp.mean(jnp.sum(jnp.diff(moved, n=2, axis=0) ** 2, axis=-1))
+
+
+def _where(condition: Array, first: tuple[Array, ...], second: tuple[Array, ...]) -> tuple:
+    return tuple(jnp.where(condition, a, b) for a, b in zip(first, second, strict=True))
