@@ -6,8 +6,8 @@ prints a table of means and writes into EVAL: `evaluation.json` (means and singl
 `evaluation.png` (the single frames as curves) and `evaluation_NAME.png` per view set (frames above
 their renders). The view sets are the dynamic orbit, the static orbit, and the front frames, which
 no reconstruction is fitted to; of other captures, the frames to fit and each held-out set. The
-column `still` is the PSNR of the asset holding its pose of the static orbit: what its motion has to
-beat.
+column `still` is the PSNR of the asset holding its pose of the static orbit, or that of t = 0 where
+there is none: what its motion has to beat.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from d4d_jax import media
+from d4d_jax import media, metrics
 from d4d_jax.metrics import Lpips
 from experiments import cli
 from experiments.reconstruct import load_perceptual
@@ -46,9 +46,11 @@ def main() -> None:
     options = flags.FLAGS
     asset = io.load_asset(options.asset)
     size = (options.size, options.size) if options.size else None
-    rest = asset.meta.get("static_time") or 0.0
-    capture = datasets.read_capture(options.clip, size=size, background=asset.background)
-    if capture.still is not None:
+    capture = datasets.read_capture(
+        options.clip, size=size, background=asset.background, layout=options.layout
+    )
+    rest = asset.meta.get("static_time")
+    if rest is not None and capture.still is not None:
         times = np.full(len(capture.still), rest, np.float32)
         still = dataclasses.replace(capture.still, timestamps=times)
         capture = dataclasses.replace(capture, still=still)
@@ -56,7 +58,7 @@ def main() -> None:
     names = ["evaluation.json", "evaluation.png", *(f"evaluation_{n}.png" for n in capture.sets)]
     workdir = cli.claim_workdir(options.workdir, names, overwrite=options.overwrite)
     cli.log_devices()
-    scores = evaluate(asset, capture, rest, workdir, perceptual)
+    scores = evaluate(asset, capture, rest or 0.0, workdir, perceptual)
     write_report(scores, capture, workdir)
     print(table(scores))
     logging.info("Wrote %s.", workdir)
@@ -77,8 +79,8 @@ def evaluate(
     scores = {}
     for name, views in capture.sets.items():
         rendered = render_views(asset, views)
-        held = score(render_views(asset, views, at=rest), views)
-        scores[name] = score(rendered, views, perceptual) | {"still": held["psnr"]}
+        held = metrics.psnr(render_views(asset, views, at=rest).rgb, views.rgb)
+        scores[name] = score(rendered, views, perceptual) | {"still": np.minimum(held, 100.0)}
         sheet = media.contact_sheet([views.rgb, rendered.rgb], min(12, len(views)))
         media.write_image(workdir / f"evaluation_{name}.png", sheet)
     return scores
@@ -144,6 +146,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "clip", None, "Folder of the clip, or another capture (gaussians.datasets).", required=True
     )
+    flags.DEFINE_enum("layout", None, datasets.LAYOUTS, "Of --clip, where it is not clear.")
     flags.DEFINE_string("perceptual", None, "Adds LPIPS: stlpips, or BACKBONE:FILE of torchvision.")
     flags.DEFINE_string("workdir", None, "Folder for the results.", required=True)
     flags.DEFINE_bool("overwrite", False, "Replace the results of an earlier evaluation.")

@@ -35,7 +35,7 @@ from d4d_jax.cameras import Camera
 from d4d_jax.clips import OrbitClip, read_clip
 from d4d_jax.metrics import Lpips, load_lpips, load_stlpips
 from experiments import cli
-from gaussians import datasets, io, preparation
+from gaussians import datasets, io
 from gaussians.asset import Asset
 from gaussians.captures import Capture, of_clip
 from gaussians.evaluation import Rendered, render_views, score
@@ -51,47 +51,58 @@ def main() -> None:
     """Reconstructs the clip of the command line."""
     options = flags.FLAGS
     size = (options.size, options.size) if options.size else None
-    source, capture = read_source(options.clip, size)
+    source = read_source(options.clip, size, options.layout)
     config = to_config(options.config)
     perceptual = load_perceptual(options.perceptual)
+    check_perceptual(config, perceptual)
     formats = [f".{name}" for name in options.export]
     frames = f".{options.frames}" if options.frames else None
     for suffix in [*formats, *filter(None, [frames])]:
         io.check_format(suffix)
     further = [*(f"point_cloud{suffix}" for suffix in formats), *(["frames"] if frames else [])]
     names = (*outputs(), *further)
-    workdir = cli.claim_workdir(options.workdir, names, overwrite=options.overwrite)
+    snapshot = Path(options.workdir) / "snapshot.npz"
+    resumes = snapshot.exists() and not options.overwrite  # what lies there is to be replaced
+    workdir = cli.claim_workdir(options.workdir, names, overwrite=options.overwrite or resumes)
     cli.log_devices()
     with cli.profile(workdir), cli.stop_requests() as stop_signal:
-        keeper = FileKeeper(
-            workdir / "snapshot.npz", options.snapshot_every, lambda: stop_signal() > 0
-        )
+        keeper = FileKeeper(snapshot, options.snapshot_every, lambda: stop_signal() > 0)
         if options.overwrite:
             keeper.discard()
         try:
             asset, seconds = fit(source, config, options.seed, keeper, perceptual)
         except Interrupted as stop:
-            logging.warning("%s The same command goes on from there.", stop)
+            without = ", without --overwrite," if options.overwrite else ""
+            logging.warning("%s The same command%s goes on from there.", stop, without)
             sys.exit(128 + stop_signal())
+        except FloatingPointError:
+            keeper.discard()  # The same numbers would come again.
+            raise
+    if isinstance(source, OrbitClip):
+        capture, title = of_clip(source, asset.meta["static_time"]), source.caption
+    else:
+        capture, title = source, Path(options.clip).stem
+    (workdir / "report.json").unlink(missing_ok=True)  # It stands for a complete set of files.
     for suffix in formats:
         io.export(workdir / f"point_cloud{suffix}", asset)
     if frames:
         times = capture.instants
         io.export_sequence(workdir / "frames", asset, times, suffix=frames, overwrite=True)
-    title = source.caption if isinstance(source, OrbitClip) else Path(options.clip).stem
     report = write_results(asset, capture, workdir, seconds=seconds, title=title)
     keeper.discard()
     logging.info("Wrote %s: %s", workdir, json.dumps(report))
 
 
-def read_source(path: str, size: tuple[int, int] | None) -> tuple[OrbitClip | Capture, Capture]:
-    """What `reconstruct` takes, a clip where it is one, and the view sets in it.
+def read_source(
+    path: str, size: tuple[int, int] | None, layout: str | None = None
+) -> OrbitClip | Capture:
+    """What `reconstruct` takes: a clip, or a capture of another layout.
 
     Raises:
         FileNotFoundError, ValueError: there is nothing that can be read.
     """
-    if os.path.exists(path) and datasets.find_layout(path) != "clip":
-        capture = datasets.read_capture(path, size=size)
+    if os.path.exists(path) and (layout or datasets.find_layout(path)) != "clip":
+        capture = datasets.read_capture(path, size=size, layout=layout)
         logging.info(
             "%d frames of %d instants; the world is moved by %s and scaled by %.4g.",
             len(capture.moving),
@@ -99,9 +110,18 @@ def read_source(path: str, size: tuple[int, int] | None) -> tuple[OrbitClip | Ca
             [-round(float(x), 4) for x in capture.centre],
             capture.scale,
         )
-        return capture, capture
-    clip = read_clip(path, size=size)
-    return clip, of_clip(clip, preparation.find_static_time(clip))
+        return capture
+    return read_clip(path, size=size)
+
+
+def check_perceptual(config: ReconstructConfig, perceptual: Lpips | None) -> None:
+    """Raises ValueError unless --perceptual and the weights of the loss lpips go together."""
+    stages = (config.warmup, config.coarse, config.fine)
+    weighted = any((stage.weights or config.weights).lpips > 0 for stage in stages)
+    if weighted and perceptual is None:
+        raise ValueError("config.weights.lpips is above 0: say which network with --perceptual.")
+    if perceptual is not None and not weighted:
+        raise ValueError("--perceptual has no part in the loss: set --config.weights.lpips=0.1.")
 
 
 def load_perceptual(choice: str | None) -> Lpips | None:
@@ -159,7 +179,7 @@ def write_results(
     orbit: str = "orbit.mp4",
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes all files of a reconstruction but those of the capture; the report comes last.
+    """Writes the files of `outputs`; the report comes last.
 
     Args:
         asset: what was reconstructed.
@@ -178,7 +198,7 @@ def write_results(
         orbit (a closed orbit ends where it began), and what the first static frame held still
         reaches on them, the best that an asset without motion could do.
     """
-    (workdir / "report.json").unlink(missing_ok=True)  # It stands for a complete set of files.
+    (workdir / "report.json").unlink(missing_ok=True)
     io.save_asset(workdir / "asset.npz", asset)
     io.write_ply(workdir / "point_cloud.ply", asset.at(0.0))
     write_viewer(workdir / "viewer.html", asset, title=title or "Asset")
@@ -194,6 +214,8 @@ def write_results(
     report = {
         **{key: _means(scores, key) for key in ("psnr", "ssim", "alpha_iou", "floaters")},
         "front_unseen": _front_unseen(capture, renders.get("front")),
+        "centre": [float(x) for x in capture.centre],
+        "scale": float(capture.scale),
         "seconds": round(seconds, 1),
         "splats": asset.meta["splats"],
         "steps": asset.meta["steps"],
@@ -282,7 +304,7 @@ def _mean(values: Any) -> float:
 
 def _front_unseen(capture: Capture, render: Rendered | None) -> dict[str, float] | None:
     """PSNR of the front frames from which no orbit frame was taken; None without such frames."""
-    if render is None or capture.still is None:
+    if render is None or "static" not in capture.sets or len(render.rgb) != len(capture.moving):
         return None
     poses = np.asarray(capture.moving.camera.world_to_camera)
     unseen = ~np.isclose(poses, poses[0], atol=1e-5).all(axis=(1, 2))
@@ -298,6 +320,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "clip", None, "Folder of the clip, or another capture (gaussians.datasets).", required=True
     )
+    flags.DEFINE_enum("layout", None, datasets.LAYOUTS, "Of --clip, where it is not clear.")
     flags.DEFINE_string(
         "perceptual", None, "For config.weights.lpips: stlpips, or BACKBONE:FILE of torchvision."
     )

@@ -59,7 +59,8 @@ class Capture:
 
     Attributes:
         moving: frames of the moving object; several may share an instant. Numpy arrays.
-        still: frames of the object at rest, all at the timestamp of that pose; None without any.
+        still: frames of the object at rest, all at the timestamp of that pose; None without any,
+            `moving` itself where nothing moves.
         held_out: named sets of frames that are never fitted.
         background: the colour the frames are composited on, in [0, 1].
         centre: of the world that the files speak of; it is the origin here.
@@ -84,7 +85,7 @@ class Capture:
     def sets(self) -> dict[str, Views]:
         """All frames by name: "dynamic", "static" where there are still ones, the held-out sets."""
         fitted = {"dynamic": self.moving}
-        if self.still is not None:
+        if self.still is not None and self.still is not self.moving:
             fitted["static"] = self.still
         return fitted | dict(self.held_out)
 

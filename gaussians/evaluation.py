@@ -42,6 +42,9 @@ def render_views(
     return Rendered(np.clip(rgb, 0, 1), np.clip(alpha, 0, 1))
 
 
+#: Equal frames, as where nothing is to be seen, count as much as an error of 1e-5.
+_MOST_PSNR = 100.0
+
 _lpips = jax.jit(metrics.Lpips.__call__)
 
 
@@ -50,14 +53,14 @@ def score(
 ) -> dict[str, Float[np.ndarray, "v"]]:
     """Scores of every frame, by name.
 
-    - `psnr`: dB. `ssim`: in [-1, 1], Gaussian window.
+    - `psnr`: dB, at most 100, which stands for equality. `ssim`: in [-1, 1], Gaussian window.
     - `alpha_iou`: of the silhouettes, in [0, 1]; only for views with alpha.
     - `floaters`: share of the rendered alpha that lies where the true alpha is 0, in [0, 1]; only
       for views with alpha.
     - `lpips`: distance by `perceptual`, at least 0; only where that is given.
     """
     scores = {
-        "psnr": metrics.psnr(rendered.rgb, views.rgb),
+        "psnr": jnp.minimum(metrics.psnr(rendered.rgb, views.rgb), _MOST_PSNR),
         "ssim": metrics.ssim(jnp.asarray(rendered.rgb), jnp.asarray(views.rgb)),
     }
     if views.alpha is not None:

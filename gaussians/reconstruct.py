@@ -204,8 +204,8 @@ def reconstruct(
             int(splats.active.sum()),
         )
     state = create_state(splats, jax.jit(field.init)(field_key, splats), config.rates)
-    name = digest(capture, config, key)
-    fit = _Fit(capture, config, field, callback, keeper, perceptual, name)
+    run = digest(capture, config, key, perceptual)
+    fit = _Fit(capture, config, field, callback, keeper, perceptual, run)
     state = fit.resume(state)
     for number, (name, stage) in enumerate(fit.stages.items()):
         if name == "coarse" and fit.begins(name) and isinstance(source, OrbitClip):
@@ -358,8 +358,8 @@ class _Fit:
         """Takes a snapshot where one is due, and stops where the keeper says so."""
         if self.keeper is None:
             return
-        stops = self.keeper.stops() and self.done < self.total
-        if stops or self.done % self.keeper.every == 0:
+        stops = self.keeper.stops()
+        if stops or self.done % self.keeper.every == 0 or self.done == self.total:
             self._save(state)
         if stops:
             raise Interrupted(f"Stopped after step {self.done} of {self.total}.")
@@ -399,7 +399,8 @@ class _Fit:
             self._save(state)
             raise FloatingPointError(
                 f"The loss became {float(report.loss)} at step {i} of the {name} stage; lower the"
-                " learning rates, or check the clip for frames that are not finite."
+                " learning rates and start anew, or check the frames for numbers that are not"
+                " finite."
             )
         return state, report
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d4d_jax.metrics import Lpips
 from d4d_jax.typing import PyTree
 from gaussians.captures import Capture
 from gaussians.io.files import DAMAGE, replace_file
@@ -114,11 +115,11 @@ class FileKeeper:
         Path(self.path).unlink(missing_ok=True)
 
 
-def digest(capture: Capture, config: Any, key: jax.Array) -> str:
-    """A name for a run: equal for equal frames to fit, cameras, configuration and key."""
+def digest(capture: Capture, config: Any, key: jax.Array, perceptual: Lpips | None = None) -> str:
+    """A name for a run: equal for equal frames to fit, cameras, configuration, key and network."""
     found = hashlib.sha256(repr((config, capture.background)).encode())
     fitted = capture.moving, capture.still
-    for leaf in jax.tree.leaves((fitted, jax.random.key_data(key))):
+    for leaf in jax.tree.leaves((fitted, jax.random.key_data(key), perceptual)):
         found.update(np.ascontiguousarray(leaf).tobytes())
     return found.hexdigest()
 

@@ -58,7 +58,7 @@ class Stage:
 def view_order(
     key: jax.Array, stage: Stage, instants: Int[np.ndarray, "m"], num_still: int
 ) -> tuple[Int[np.ndarray, "steps views"], Int[np.ndarray, "steps"]]:
-    """Which views every step of a stage takes, and how many instants are open by then.
+    """Which views every step of a stage takes, and which instants are open by then.
 
     Moving views are drawn like cards, each once before any comes twice. During the curriculum,
     half of them are drawn from the three instants opened last and half from all open ones.
@@ -78,7 +78,7 @@ def view_order(
     final = int(instants.max())
     opening = stage.curriculum * stage.steps
     progress = np.arange(stage.steps) / opening if opening else np.ones(stage.steps)
-    last = np.minimum(1 + progress * (final - 1), final).astype(int)
+    last = np.clip(1 + progress * (final - 1), 0, final).astype(int)
     still = rng.random(size) < (stage.static_fraction if num_still else 0.0)
     recent = rng.random(size) < 0.5
     order = np.zeros(size, int)

@@ -24,7 +24,7 @@ from experiments.configs import reconstruct as configs
 from gaussians import io
 from gaussians.captures import of_clip
 from gaussians.deformation import build
-from gaussians.evaluation import Rendered
+from gaussians.evaluation import Rendered, render_views, score
 from gaussians.rasterize import chosen
 from gaussians.reconstruct import ReconstructConfig
 
@@ -160,6 +160,10 @@ def test_the_default_configuration_is_the_library_s():
     plain = binary.to_config(configs.get_config("smoke,hexplane"))
     assert plain.deformation["name"] == "hexplane" and plain.window_splats == 0
     assert binary.to_config(configs.get_config("identity")).deformation == {"name": "identity"}
+    assert configs.get_config("mcmc,fast") == configs.get_config("fast,mcmc")
+    assert configs.get_config("nodes,smoke").deformation.base.num_nodes == 16
+    with pytest.raises(ValueError, match=r"one deformation field, not \['nodes', 'identity'\]"):
+        configs.get_config("nodes,identity")
     misspelt = configs.get_config()
     misspelt.fine.step = 3
     with pytest.raises(ValueError, match="'step' is no field of Stage; it has steps"):
@@ -215,3 +219,44 @@ def test_perceptual_networks_that_cannot_be_had_are_named(choice, words):
     with pytest.raises((ValueError, OSError), match=words):
         binary.load_perceptual(choice)
     assert binary.load_perceptual(None) is None
+
+
+def test_the_perceptual_network_and_its_weight_go_together():
+    config, network = configs.get_config("smoke"), object()
+    with pytest.raises(ValueError, match="no part in the loss"):
+        binary.check_perceptual(binary.to_config(config), network)
+    config.weights.lpips = 0.1
+    binary.check_perceptual(binary.to_config(config), network)
+    with pytest.raises(ValueError, match="say which network with --perceptual"):
+        binary.check_perceptual(binary.to_config(config), None)
+
+
+def test_an_interrupted_replacement_goes_on_without_overwrite(finished, clip_folder):
+    """Its old outputs are still there; they do not stand in the way of the snapshot."""
+    workdir, _ = finished
+    before = io.load_asset(workdir / "asset.npz")
+    arguments = [f"--clip={clip_folder}", f"--workdir={workdir}", SMOKE, "--snapshot_every=1"]
+    process = subprocess.Popen(
+        [*COMMAND, *arguments, "--overwrite"], **OPTIONS, stderr=subprocess.PIPE
+    )
+    while not (workdir / "snapshot.npz").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "The same command, without --overwrite, goes on" in errors
+    result = run(*arguments, "--config.static_time=0.5")
+    assert result.returncode == 1 and "another clip, configuration or seed" in result.stderr
+    assert run(*arguments).returncode == 0
+    after = io.load_asset(workdir / "asset.npz")
+    np.testing.assert_array_equal(after.splats.means, before.splats.means)
+
+
+def test_static_frames_are_scored_at_the_time_of_the_configuration(clip_folder, tmp_path):
+    arguments = [f"--clip={clip_folder}", f"--workdir={tmp_path}", SMOKE]
+    assert run(*arguments, "--config.static_time=0.5").returncode == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    asset = io.load_asset(tmp_path / "asset.npz")
+    views = of_clip(clips.read_clip(clip_folder), 0.5).still
+    expected = score(render_views(asset, views), views)["psnr"].mean()
+    assert report["psnr"]["static"] == pytest.approx(expected, abs=1e-3)

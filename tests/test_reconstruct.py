@@ -259,6 +259,8 @@ def test_views_are_drawn_as_the_stage_says():
     order, opened = view_order(jax.random.key(0), stage, twice, num_still=0)
     assert np.all(twice[order[:, 0]] <= opened) and opened[0] == 1 and opened[-1] == 5
     assert set(order.ravel()) == set(range(12))
+    one, opened = view_order(jax.random.key(0), stage, np.zeros(3, int), num_still=0)
+    assert set(one.ravel()) == {0, 1, 2} and not opened.any()
 
 
 def test_views_hold_dynamic_then_static_frames_at_the_static_time(clip):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from d4d_jax.data import synthetic
+from d4d_jax.metrics import load_stlpips
 from gaussians.densify import AdaptiveDensity
 from gaussians.reconstruct import ReconstructConfig, reconstruct
 from gaussians.snapshot import FileKeeper, Interrupted, Snapshot, flatten, restore
@@ -52,6 +53,25 @@ def uninterrupted(clip):
     return leaves(reconstruct(clip, CONFIG, jax.random.key(0)))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"density": {"name": "mcmc", "start": 3, "stop": 16, "every": 4, "noise_scale": 1e5}},
+        {"deformation": {"name": "control_points", "num_nodes": 12, "time_resolution": 4}},
+    ],
+    ids=["mcmc", "control_points"],
+)
+def test_every_part_resumes_bit_for_bit(clip, tmp_path, changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    expected = leaves(reconstruct(clip, config, jax.random.key(0)))
+    keeper = FileKeeper(tmp_path / "snapshot.npz", stops=Stopper(9))
+    with pytest.raises(Interrupted):
+        reconstruct(clip, config, jax.random.key(0), keeper=keeper)
+    resumed = reconstruct(clip, config, jax.random.key(0), keeper=FileKeeper(keeper.path))
+    for one, other in zip(leaves(resumed), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 class Stopper:
     """Stops a run after so many steps."""
 
@@ -63,7 +83,7 @@ class Stopper:
         return self.left == 0
 
 
-@pytest.mark.parametrize("steps", [1, 4, 6, 10, 11, 15])  # in and between all stages
+@pytest.mark.parametrize("steps", [1, 4, 6, 10, 11, 16])  # in and between all stages
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(clip, uninterrupted, tmp_path, steps):
     path = tmp_path / "snapshot.npz"
     keeper = FileKeeper(path, stops=Stopper(steps))
@@ -97,7 +117,7 @@ def test_snapshots_come_as_often_as_asked_and_change_nothing(clip, uninterrupted
 
     keeper = Memory()
     asset = reconstruct(clip, CONFIG, jax.random.key(0), keeper=keeper)
-    assert keeper.steps == [5, 10, 15]
+    assert keeper.steps == [5, 10, 15, 16]
     for one, other in zip(leaves(asset), uninterrupted, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -112,7 +132,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(clip, tmp_path):
     assert all(np.isfinite(array).all() for array in saved.arrays.values())
 
 
-@pytest.mark.parametrize("change", ["seed", "config", "clip"])
+@pytest.mark.parametrize("change", ["seed", "config", "clip", "network"])
 def test_a_snapshot_of_another_run_is_refused(clip, tmp_path, change):
     path = tmp_path / "snapshot.npz"
     with pytest.raises(Interrupted):
@@ -123,8 +143,12 @@ def test_a_snapshot_of_another_run_is_refused(clip, tmp_path, change):
         other["config"] = dataclasses.replace(CONFIG, fine=Stage(7))
     if change == "clip":
         other["clip"] = dataclasses.replace(clip, dynamic=1 - np.asarray(clip.dynamic))
+    network = load_stlpips() if change == "network" else None
+    keeper = FileKeeper(path)
     with pytest.raises(ValueError, match="another clip, configuration or seed"):
-        reconstruct(other["clip"], other["config"], other["seed"], keeper=FileKeeper(path))
+        reconstruct(
+            other["clip"], other["config"], other["seed"], keeper=keeper, perceptual=network
+        )
     assert path.read_bytes() == before
 
 

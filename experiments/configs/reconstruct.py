@@ -1,6 +1,6 @@
 """Reconstruction of a 4D asset: the fields of `gaussians.reconstruct.ReconstructConfig`.
 
-`reconstruct.py` is for 256 x 256 clips and takes under ten minutes on two CPU cores;
+`reconstruct.py` is for 256 x 256 clips and takes under five minutes on two CPU cores;
 `reconstruct.py:fast` is for 64 x 64 clips, about a minute and a half; `reconstruct.py:smoke` takes
 seconds and proves only that everything runs. A comma adds a choice of parts: `:hexplane` is
 HexPlane without short-lived splats, `:nodes` has control points (SC-GS) in its place, `:identity`
@@ -26,11 +26,17 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "mcmc": _mcmc,
     }
     config = _default()
-    for word in filter(None, arg.split(",")):
+    words = [word for word in arg.split(",") if word]
+    for word in words:
         if word not in variants:
             known = ", ".join(variants)
             raise ValueError(f"reconstruct.py knows the variants {known}, not {word!r}.")
-        variants[word](config)
+    fields = [word for word in words if word in ("hexplane", "nodes", "identity")]
+    if len(fields) > 1:
+        raise ValueError(f"A reconstruction has one deformation field, not {fields}.")
+    for word, change in variants.items():  # sizes first, whatever the order of the words
+        if word in words:
+            change(config)
     return config
 
 
