@@ -55,7 +55,7 @@ def test_views_can_be_taken_apart_and_resized(clip):
     assert half.rgb.shape == (4, 12, 12, 3) and half.camera.width == 12
     expected = np.asarray(clip.dynamic_alpha).reshape(4, 12, 2, 12, 2).mean((2, 4))
     np.testing.assert_allclose(half.alpha, expected, atol=1e-5)
-    assert views.resized(1) is views
+    assert views.resized(1.0) is views
 
 
 def test_every_view_is_rendered_at_its_own_time_unless_held(asset):
