@@ -39,8 +39,8 @@ class LossWeights:
     time_smoothness: float = 1e-2
     time_l1: float = 1e-4
     lifespan: float = 1e-3
-    arap: float = 0.1
-    acceleration: float = 1.0
+    arap: float = 1.0
+    acceleration: float = 0.3
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

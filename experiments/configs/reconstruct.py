@@ -94,8 +94,8 @@ def _default() -> ml_collections.ConfigDict:
         time_smoothness=1e-2,
         time_l1=1e-4,
         lifespan=1e-3,
-        arap=0.1,
-        acceleration=1.0,
+        arap=1.0,
+        acceleration=0.3,
     )
     config.rates = dict(
         means=5e-4,
