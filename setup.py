@@ -42,13 +42,9 @@ TEST = [
 ]
 FORMATS = ["gsply>=0.4.6"]
 BROWSER = ["playwright>=1.50"]
-PARITY = [
-    "torch==2.13.0",
-    "torchvision==0.28.0",
-    "lpips==0.1.4",
-    "diffusers>=0.35",
-    "gsplat==1.5.3",
-]
+PARITY = ["torch==2.13.0", "diffusers>=0.35", "gsplat==1.5.3"]
+# On its own: beside a CPU build of torch, torchvision breaks the import of diffusers.
+PARITY_LPIPS = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4"]
 DEV = ["ruff>=0.9", "pyright>=1.1.400", "pre-commit>=4", "clang-format>=21"]
 
 setup(
@@ -88,6 +84,7 @@ setup(
         "test": TEST,
         "dev": TEST + DEV,
         "parity": TEST + PARITY,
+        "parity-lpips": TEST + PARITY_LPIPS,
         "browser": TEST + BROWSER,
     },
     classifiers=[

@@ -1,6 +1,6 @@
 """Makes lpips.npz and two small files as torch writes them.
 
-    pip install torch torchvision lpips stlpips_pytorch
+    pip install -e '.[parity-lpips]'
     python tests/golden/make_lpips_golden.py
 
 lpips.npz holds the distances, gradients and maps of the PyPI packages `lpips` and
