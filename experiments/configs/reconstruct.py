@@ -1,6 +1,6 @@
 """Reconstruction of a 4D asset: the fields of `gaussians.reconstruct.ReconstructConfig`.
 
-`reconstruct.py` is for 256 x 256 clips and takes under five minutes on two CPU cores;
+`reconstruct.py` is for 256 x 256 clips and takes under three minutes on two CPU cores;
 `reconstruct.py:fast` is for 64 x 64 clips, about a minute and a half; `reconstruct.py:smoke` takes
 seconds and proves only that everything runs. A comma adds a choice of parts: `:hexplane` is
 HexPlane without short-lived splats, `:nodes` has control points (SC-GS) in its place, `:identity`
