@@ -75,9 +75,10 @@ def main() -> None:
             without = ", without --overwrite," if options.overwrite else ""
             logging.warning("%s The same command%s goes on from there.", stop, without)
             sys.exit(128 + stop_signal())
-        except FloatingPointError:
-            keeper.discard()  # The same numbers would come again.
-            raise
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error} The state before is kept in {snapshot}; --overwrite starts anew."
+            ) from error
     if isinstance(source, OrbitClip):
         capture, title = of_clip(source, asset.meta["static_time"]), source.caption
     else:

@@ -252,6 +252,18 @@ def test_an_interrupted_replacement_goes_on_without_overwrite(finished, clip_fol
     np.testing.assert_array_equal(after.splats.means, before.splats.means)
 
 
+def test_a_loss_that_is_not_finite_keeps_the_state_and_says_how_to_start_anew(
+    clip_folder, tmp_path
+):
+    arguments = [f"--clip={clip_folder}", f"--workdir={tmp_path}", SMOKE]
+    result = run(*arguments, "--config.weights.l1=1e39")
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "became inf at step 0 of the warmup stage" in result.stderr
+    assert f"is kept in {tmp_path / 'snapshot.npz'}; --overwrite starts anew" in result.stderr
+    assert (tmp_path / "snapshot.npz").exists()
+    assert run(*arguments, "--overwrite").returncode == 0
+
+
 def test_static_frames_are_scored_at_the_time_of_the_configuration(clip_folder, tmp_path):
     arguments = [f"--clip={clip_folder}", f"--workdir={tmp_path}", SMOKE]
     assert run(*arguments, "--config.static_time=0.5").returncode == 0

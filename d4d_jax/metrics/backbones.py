@@ -10,6 +10,7 @@ Pooling is written with shifted slices: on a CPU several times faster, forward a
 `lax.reduce_window` and depthwise convolutions.
 """
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -26,8 +27,8 @@ Weights = Mapping[str, AnyArray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """What the tables below consist of; this one has no parameters and keeps the size."""
+class Layer(abc.ABC):
+    """What the tables below consist of; by default without parameters, and keeping the size."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters by their name in the layer, as torch has them."""
@@ -37,10 +38,11 @@ class Layer:
         """Rows that come out where `n` go in; not positive where the layer does not fit."""
         return n
 
+    @abc.abstractmethod
     def __call__(
         self, weights: Weights, name: str, x: Float[Array, "n h w c"]
     ) -> Float[Array, "n height width channels"]:
-        raise NotImplementedError
+        """The layer's output; `name` is the prefix of its parameters in `weights`."""
 
 
 @dataclasses.dataclass(frozen=True)
