@@ -9,7 +9,9 @@ standard library:
 It writes the published folder layout: `multi_frame{i}.png` (orbit and motion),
 `multi_static_frame{i}.png` (the same orbit, the pose frozen at the first frame of the action),
 `front_frame{i}.png` (view 0, motion), 8-bit straight-alpha RGBA on a transparent film, and the
-cameras `multi{i}.json`, `static{i}.json`, `front.json`.
+cameras `multi{i}.json`, `static{i}.json`, `front.json`. With `--transforms FILE`, further views at
+times of their own, listed as in the D-NeRF datasets (`camera_angle_x`; `file_path`, `time` in [0, 1]
+and `transform_matrix` of every frame), are rendered into the same folder beside a copy of the list.
 
 Camera, lights and sampling follow the renderer of Diffusion4D (Liang et al., 2024; the
 `rendering/` folder of its repository), except that the light energies are fixed instead of drawn
@@ -69,6 +71,7 @@ def parse_args(argv=None):
     parser.add_argument("--samples", type=_positive, default=128, help="Cycles samples per pixel")
     parser.add_argument("--frames", type=_positive, default=24)
     parser.add_argument("--views", type=_views, default=VIEWS, help="comma-separated subset")
+    parser.add_argument("--transforms", help="transforms_*.json with further views to render")
     parser.add_argument("--elevation", type=float, default=0.0, help="degrees above the equator")
     parser.add_argument(
         "--azimuth", type=float, default=0.0, help="degrees of view 0, counter-clockwise from -y"
@@ -150,6 +153,34 @@ def camera_json(pose, bbox):
         "y": [-value for value in column[1]],
         "z": [-value for value in column[2]],
     }
+
+
+def read_transforms(path):
+    """The further views of a D-NeRF list: horizontal field of view, and the frames.
+
+    Raises RenderError unless every frame has a relative `file_path`, a `time` in [0, 1] and a
+    `transform_matrix` of 4 x 4 numbers.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        angle = float(record["camera_angle_x"])
+        frames = [
+            (str(frame["file_path"]), float(frame["time"]), frame["transform_matrix"])
+            for frame in record["frames"]
+        ]
+    except OSError as error:
+        raise RenderError(f"--transforms={path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RenderError(f"{path} is no list of views: {error!r}.") from error
+    for name, time, pose in frames:
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        square = [len(row) for row in pose] == [4] * 4
+        if not (inside and 0.0 <= time <= 1.0 and square):
+            raise RenderError(
+                f"Frame {name!r} of {path} needs a path within the folder, a time in [0, 1] and a"
+                f" pose of 4 x 4; its time is {time:g}."
+            )
+    return angle, frames
 
 
 def pick_action(names, wanted):
@@ -333,9 +364,31 @@ def delete_views(out, views):
                     path.unlink()
 
 
+def render_frame(path):
+    """Render what the camera sees now."""
+    import bpy
+
+    bpy.context.scene.render.filepath = str(path)
+    bpy.ops.render.render(write_still=True)
+
+
+def render_transforms(args, camera, span):
+    """Render the views of --transforms, whose times 0 and 1 are the ends of the action."""
+    from mathutils import Matrix
+
+    angle, frames = read_transforms(args.transforms)
+    start, end = span
+    camera.data.angle = angle
+    for name, time, pose in frames:
+        set_time(resample_frames(start + time * (end - start), end, 1)[0])
+        camera.matrix_world = Matrix(pose)
+        render_frame((Path(args.out) / name).with_suffix(".png"))
+    source = Path(args.transforms)
+    (Path(args.out) / source.name).write_bytes(source.read_bytes())
+
+
 def render_clip(args, camera, times, bbox):
     """Render the asked views of the prepared scene and write their cameras."""
-    import bpy
     from mathutils import Matrix
 
     out = Path(args.out)
@@ -346,8 +399,7 @@ def render_clip(args, camera, times, bbox):
             index = 0 if view == "front" else i
             pose = camera_to_world(index, args.frames, elevation, azimuth)
             camera.matrix_world = Matrix(pose)
-            bpy.context.scene.render.filepath = str(out / FRAME_NAME[view].format(i))
-            bpy.ops.render.render(write_still=True)
+            render_frame(out / FRAME_NAME[view].format(i))
             if view != "front" or i == 0:
                 record = json.dumps(camera_json(pose, bbox))
                 (out / CAMERA_NAME[view].format(i)).write_text(record + "\n")
@@ -381,6 +433,8 @@ def check_paths(args):
                 raise RenderError(f"{asset} is named .glb but does not hold binary glTF.")
     if args.list_actions:
         return
+    if args.transforms:
+        read_transforms(args.transforms)
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise RenderError(f"--out={out} is a file, not a folder.")
@@ -417,6 +471,8 @@ def run(args):
         set_renderer(args)
         delete_views(args.out, args.views)  # --overwrite may have asked for fewer frames
         render_clip(args, camera, times, bbox)
+        if args.transforms:
+            render_transforms(args, camera, actions[name])
     print(f"Rendered {name} of {args.asset} to {args.out}.")
 
 
