@@ -27,8 +27,10 @@ def native_extensions() -> list[Extension]:
 
 # Shift-tolerant LPIPS: the weights are read from the package, nothing of it runs.
 PERCEPTUAL = ["stlpips_pytorch>=0.0.2", "safetensors>=0.4"]
+VIEWER = ["viser>=1.1"]
 TEST = [
     *PERCEPTUAL,
+    *VIEWER,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
@@ -81,6 +83,7 @@ setup(
     extras_require={
         "formats": FORMATS,
         "perceptual": PERCEPTUAL,
+        "viewer": VIEWER,
         "test": TEST,
         "dev": TEST + DEV,
         "parity": TEST + PARITY,

@@ -5,18 +5,25 @@
 runs what it finds installed and installs nothing. The JSON is a list of rows; printed, and written
 where --markdown says, is a table of them with the machine and the reasons for what is missing.
 Figures of different runs or machines are not comparable; those of one run are taken in turn.
+
+    python -m experiments.benchmark --suite=reconstruction --json=reconstruction.json
+
+takes a training step of `experiments.reconstruct` apart, on a clip of the package.
 """
 
 import json
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from absl import flags, logging
 
+import d4d_jax
+from d4d_jax.clips import read_clip
 from experiments import cli
-from experiments.benchmarks import measure, rasterizer, scenes
+from experiments.benchmarks import measure, rasterizer, reconstruction, scenes
 from gaussians.rasterize import available
 
 #: Leaves device memory to the processes that measure it; lets threads that wait sleep, since they
@@ -26,14 +33,33 @@ _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_WAIT_POLICY": "PA
 _N, _SIZES = (1_000, 10_000, 50_000), (256,)
 _FULL_N, _FULL_SIZES = (*_N, 200_000), (256, 512, 1024)
 
+_CLIP = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips" / "knight"
+_WORDS, _FULL_WORDS = ("",), ("", "nodes", "mcmc", "fast")
+
+
+class Suite(NamedTuple):
+    """What can be measured.
+
+    run: Returns the rows and the text with their table.
+    flags: Names of those that have a part in this suite only.
+    """
+
+    run: Callable[[flags.FlagValues], tuple[list[Any], str]]
+    flags: tuple[str, ...]
+
 
 def main() -> None:
     """Runs the suite of the command line and writes its figures."""
     options = flags.FLAGS
+    suite = SUITES[options.suite]
+    foreign = {name for other in SUITES.values() for name in other.flags} - {*suite.flags}
+    for name in sorted(foreign):
+        if options[name].present:
+            raise ValueError(f"--{name} has no part in --suite={options.suite}.")
     paths = [_writable(path) for path in (options.json, options.markdown) if path]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    rows, text = SUITES[options.suite](options)
+    rows, text = suite.run(options)
     _replace(paths[0], json.dumps(rows, indent=1, allow_nan=False))
     for path in paths[1:]:
         _replace(path, text)
@@ -63,6 +89,27 @@ def run_rasterizer(options: flags.FlagValues) -> tuple[list[rasterizer.Row], str
     return rows, f"{about} `{rasterizer.BASELINE}`.\n\n{rasterizer.table(rows)}\n\n{notes}".strip()
 
 
+def run_reconstruction(options: flags.FlagValues) -> tuple[list[reconstruction.Row], str]:
+    """The rows of the reconstruction suite, and their tables with the machine and notes."""
+    jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured
+    words = options.words or (_FULL_WORDS if options.full else _WORDS)
+    names = options.implementations or [None]
+    rows: list[reconstruction.Row] = []
+    notes: list[str] = []
+    for size in map(int, options.sizes or _SIZES):
+        clip = read_clip(options.clip, size=(size, size))
+        logging.info("Compiling steps at %d px: a minute or more for a configuration.", size)
+        measured, missing = reconstruction.run(
+            clip, words, names, repeats=options.repeats, seconds=options.seconds
+        )
+        rows += measured
+        notes += missing
+    notes = [*reconstruction.notes(rows), *dict.fromkeys(notes)]
+    about = f"{measure.machine()}; clip `{pathlib.Path(options.clip).name}`."
+    lines = "\n".join(f"- {line}" for line in notes)
+    return rows, f"{about}\n\n{reconstruction.tables(rows)}\n\n{lines}"
+
+
 def _writable(path: str) -> pathlib.Path:
     """The path, whose folder is made if needed; raises OSError before anything is measured."""
     target = pathlib.Path(path)
@@ -85,26 +132,40 @@ def _are_counts(values: list[str] | None) -> bool:
     return all(value.isdecimal() and int(value) > 0 for value in values or [])
 
 
-SUITES: dict[str, Callable[[flags.FlagValues], tuple[list[Any], str]]] = {
-    "rasterizer": run_rasterizer
+SUITES = {
+    "rasterizer": Suite(run_rasterizer, ("n", "scene")),
+    "reconstruction": Suite(run_reconstruction, ("clip", "words")),
 }
 
 if __name__ == "__main__":
     flags.DEFINE_enum("suite", None, list(SUITES), "What to measure.", required=True)
     flags.DEFINE_string("json", None, "File for the rows.", required=True)
     flags.DEFINE_string("markdown", None, "File for the table that is printed.")
-    flags.DEFINE_list("implementations", None, "Names; default: all but `reference`, and peers.")
+    flags.DEFINE_list(
+        "implementations",
+        None,
+        "Names; default: all but `reference`, and peers; of reconstructions: the fastest.",
+    )
     flags.DEFINE_list("n", None, f"Numbers of splats; default: {_N}.")
     flags.DEFINE_list("sizes", None, f"Image sizes in pixels; default: {_SIZES}.")
-    flags.DEFINE_bool("full", False, f"Let n default to {_FULL_N} and sizes to {_FULL_SIZES}.")
+    flags.DEFINE_bool(
+        "full",
+        False,
+        f"Let n default to {_FULL_N} and sizes to {_FULL_SIZES}; of reconstructions: words to"
+        f" {_FULL_WORDS}.",
+    )
     flags.DEFINE_enum(
         "scene",
         "ball",
         list(scenes.RADII),
         "Ball of splats that fills the image, or one as large as an object.",
     )
+    flags.DEFINE_multi_string(
+        "words", None, "A configuration of experiments/configs/reconstruct.py; may be repeated."
+    )
+    flags.DEFINE_string("clip", str(_CLIP), "Folder of the clip, resized to the image sizes.")
     flags.DEFINE_integer(
-        "repeats", 25, "Most rounds for a number of splats and a size.", lower_bound=1
+        "repeats", 25, "Most rounds of turns that are timed together.", lower_bound=1
     )
     flags.DEFINE_float("seconds", 20.0, "Time after which no round starts.", lower_bound=0)
     for name in ("n", "sizes"):

@@ -42,6 +42,14 @@ def define_config(default: str) -> flags.FlagHolder:
     )
 
 
+def define_preset(names: Sequence[str]) -> flags.FlagHolder:
+    """Defines --preset=NAME, a short way to write --config=FILE.py:NAME.
+
+    The name joins the words that --config has; without --config the file is the default one.
+    """
+    return flags.DEFINE_enum("preset", None, names, "Size of the run: a word of --config.")
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Parses the flags, calls `main()` and ends the process.
 
@@ -148,14 +156,22 @@ def _is_ours(record: stdlib_logging.LogRecord) -> bool:
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags; unknown ones, and unknown configuration keys, end the process."""
     argv = list(argv)
-    given = _given_config(argv)
+    given, rest = _take(argv, "config")
     if given is not None and not os.path.isfile(given.split(":")[0]):
         _stop(f"There is no configuration file {given.split(':')[0]}.", 2)
-    if _default_config and given is None:
-        argv.insert(1, f"--config={_default_config[0]}")
+    if _default_config:
+        config = given or _default_config[0]
+        preset, _ = _take(argv, "preset")
+        if preset is not None and "preset" in flags.FLAGS:
+            file, _, words = (given or _default_config[0].split(":")[0]).partition(":")
+            config = f"{file}:{','.join(filter(None, [words, preset]))}"
+        argv = [rest[0], f"--config={config}", *rest[1:]]
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
+        wrapped = error.__context__ and error.__context__.__context__
+        if isinstance(wrapped, (TypeError, ValueError)):  # ml_collections quotes its traceback.
+            _stop(f"The configuration cannot be read: {_sentence(wrapped)}", 2)
         _stop(f"{str(error).rstrip('.')}.", 2)
     except (AttributeError, KeyError) as error:  # what ml_collections raises for a key
         _stop(_unknown_key(str(error)), 2)
@@ -166,15 +182,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _given_config(argv: Sequence[str]) -> str | None:
-    """The last value of --config, written --config=FILE or --config FILE; None without one."""
-    given = None
-    for i, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
-        if name in ("--config", "-config"):
-            following = argv[i + 1] if i + 1 < len(argv) else ""
-            given = value if equals else following
-    return given
+def _take(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The last value of a flag, --name=VALUE or --name VALUE, and the arguments without it."""
+    value, rest, arguments = None, [], iter(argv)
+    for argument in arguments:
+        flag, equals, text = argument.partition("=")
+        if flag in (f"--{name}", f"-{name}"):
+            value = text if equals else next(arguments, "")
+        else:
+            rest.append(argument)
+    return value, rest
 
 
 def _unknown_key(message: str) -> str:

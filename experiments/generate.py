@@ -14,7 +14,8 @@ from absl import flags, logging
 
 from d4d_jax import clips
 from experiments import cli, sample
-from experiments.reconstruct import fit, outputs, to_config, write_results
+from experiments.reconstruct import PRESETS, fit, to_config
+from experiments.results import outputs, write_results
 from gaussians.captures import of_clip
 
 #: The asset along the orbit; `orbit.mp4` is the sampled video.
@@ -32,7 +33,7 @@ def main() -> None:
         sample.write_samples(sample.sample(image, pipeline), workdir)
         # Reconstruct what the files hold, as experiments.reconstruct --clip would.
         clip = clips.read_clip(workdir / "orbit_frames")
-        asset, seconds = fit(clip, config, sample.SEED.value)
+        asset, seconds = fit(clip, config, sample.SEED.value, workdir)
     facts = {"prompt": sample.settings(), "measured_motion": clip.motion}
     capture = of_clip(clip, asset.meta["static_time"])
     report = write_results(asset, capture, workdir, seconds=seconds, orbit=_ORBIT, facts=facts)
@@ -41,6 +42,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     cli.define_config("reconstruct.py:fast")
+    cli.define_preset(PRESETS)
     flags.adopt_module_key_flags(cli)
     flags.adopt_module_key_flags(sample)
     cli.run(main)

@@ -40,7 +40,7 @@ class LossWeights:
     time_l1: float = 1e-4
     lifespan: float = 1e-3
     arap: float = 1.0
-    acceleration: float = 0.3
+    acceleration: float = 10.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

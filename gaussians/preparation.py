@@ -1,23 +1,19 @@
 """What a reconstruction derives from its frames before the first step: views, first splats."""
 
 import dataclasses
-import functools
 import logging
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from d4d_jax.cameras import Camera
 from d4d_jax.clips import Color, OrbitClip
-from d4d_jax.typing import PyTree
 from gaussians import initialize
 from gaussians.captures import Capture, Views
 from gaussians.deformation import Deformation
-from gaussians.deformation.lifespan import Lifespan
 from gaussians.types import Splats
 
 _LOGGER = logging.getLogger(__name__)
@@ -65,39 +61,39 @@ def silhouettes(
 
 
 def first_splats(
-    capture: Capture, num_splats: int, capacity: int, sh_degree: int, key: jax.Array
+    capture: Capture,
+    num_splats: int,
+    capacity: int,
+    sh_degree: int,
+    key: jax.Array,
+    initializer: Mapping[str, Any] | None = None,
 ) -> Splats:
-    """Splats of the object at rest.
+    """Splats of the object at rest, as a spec for `gaussians.initialize.build` asks.
 
-    From the visual hull of the still frames, or of the first instant where at least
+    Without one: from the visual hull of the still frames, or of the first instant where at least
     `_MIN_HULL_VIEWS` cameras saw it; else from the part of space that at least three quarters of
     the moving silhouettes agree on; and if nothing is left of either, uniform in a cube.
     """
-    views, tolerance = _hull_views(capture)
-    options: dict[str, Any] = {"capacity": capacity, "sh_degree": sh_degree, "key": key}
+    rest = _rest_views(capture)
+    alpha = silhouettes(rest.rgb, rest.alpha, capture.background)
+    capture = dataclasses.replace(capture, still=dataclasses.replace(rest, alpha=alpha))
+    options: dict[str, Any] = {"num_splats": num_splats, "capacity": capacity}
+    options |= {"sh_degree": sh_degree, "key": key}
+    if initializer is not None:
+        return initialize.build(initializer)(capture, **options)
     try:
-        return initialize.visual_hull(
-            np.asarray(views.rgb),
-            silhouettes(views.rgb, views.alpha, capture.background),
-            views.camera,
-            num_splats=num_splats,
-            tolerance=tolerance,
-            resolution=_hull_resolution(views.camera),
-            **options,
-        )
+        return initialize.VisualHull()(capture, **options)
     except initialize.EmptyHull as error:
         _LOGGER.warning("%s Starting from a random cube instead.", error)
-        return initialize.random_cube(num_splats, **options)
+        return initialize.RandomCube()(capture, **options)
 
 
-def _hull_views(capture: Capture) -> tuple[Views, int]:
-    """The frames to carve the first hull from, and how many of them may miss a point."""
+def _rest_views(capture: Capture) -> Views:
+    """The frames that show the object at rest best."""
     if capture.still is not None:
-        return capture.still, 0
+        return capture.still
     first = np.asarray(capture.moving.timestamps) == capture.instants[0]
-    if first.sum() >= _MIN_HULL_VIEWS:
-        return capture.moving[first], 0
-    return capture.moving, len(capture.moving) // 4
+    return capture.moving[first] if first.sum() >= _MIN_HULL_VIEWS else capture.moving
 
 
 def count_outside(splats: Splats, field: Deformation) -> int:
@@ -107,147 +103,3 @@ def count_outside(splats: Splats, field: Deformation) -> int:
         return 0
     outside = np.any(np.abs(np.asarray(splats.means)) > bound, axis=-1)
     return int((outside & np.asarray(splats.active)).sum())
-
-
-def pose_windows(clip: OrbitClip, num_windows: int) -> list[tuple[int, int, float]]:
-    """Cuts the clip into windows and says how far the object is from its static pose in each.
-
-    Returns:
-        (first frame, last frame, mismatch) per window; the mismatch is the mean over the frames of
-        1 - IoU of the dynamic and the static silhouette. Empty without a static orbit.
-    """
-    if clip.static is None or clip.dynamic is None or num_windows < 1:
-        return []
-    moving = silhouettes(clip.dynamic, clip.dynamic_alpha, clip.background) > 0.5
-    still = silhouettes(clip.static, clip.static_alpha, clip.background) > 0.5
-    common = (moving & still).sum(axis=(1, 2))
-    mismatch = 1 - common / np.maximum((moving | still).sum(axis=(1, 2)), 1)
-    chunks = np.array_split(np.arange(clip.num_frames), num_windows)
-    return [(int(c[0]), int(c[-1]), float(mismatch[c].mean())) for c in chunks if len(c) > 1]
-
-
-def add_window_splats(
-    clip: OrbitClip,
-    splats: Splats,
-    field: Lifespan,
-    params: PyTree,
-    *,
-    budget: int,
-    num_windows: int,
-    key: jax.Array,
-    min_mismatch: float = 0.15,
-    min_coverage: float = 0.985,
-    opacity: float = 0.6,
-) -> tuple[Splats, PyTree]:
-    """Adds splats that live in one window of frames only, where the object left its static pose.
-
-    They lie on the hull of the window's own silhouettes. That is a body only if the object hardly
-    moves within the window, so windows whose hull leaves parts of the silhouettes uncovered get
-    none, as do those that differ from the static silhouettes by less than `min_mismatch`. The
-    budget is shared out in proportion to the mismatch. Splats of the static pose that more than one
-    silhouette of such a window says the object has left are gone during that window.
-
-    Args:
-        clip: with dynamic and static frames; without them nothing is added.
-        splats: with free slots.
-        field: gives the new splats their lifespan.
-        params: of the field.
-        budget: most splats to add.
-        num_windows: equal windows that the clip is cut into.
-        key: places the splats.
-        min_mismatch: 1 - IoU.
-        min_coverage: fraction of the silhouettes, mean over the window.
-        opacity: of the new splats, in (0, 1).
-    """
-    bodies = []
-    for first, last, mismatch in pose_windows(clip, num_windows):
-        if mismatch >= min_mismatch:
-            hull = functools.partial(
-                _window_hull, clip, slice(first, last + 1), splats.sh_degree, opacity, key
-            )
-            probe = hull(num_splats=4000, tolerance=0)
-            if probe is not None and _coverage(probe, clip, first, last) >= min_coverage:
-                bodies.append((first, last, mismatch, hull))
-    still = splats
-    total = sum(mismatch for _, _, mismatch, _ in bodies)
-    for first, last, mismatch, hull in bodies:
-        # One silhouette may miss a point: the object does move a little.
-        born = hull(num_splats=math.floor(budget * mismatch / total), tolerance=1)
-        if born is not None:
-            splats, members = _append(splats, born)
-            times = float(clip.timestamps[first]), float(clip.timestamps[last])
-            params = field.with_window(params, members, *times)
-            params = field.without_window(params, _left_behind(still, clip, first, last), *times)
-    return splats, params
-
-
-def _window_hull(
-    clip: OrbitClip,
-    window: slice,
-    sh_degree: int,
-    opacity: float,
-    key: jax.Array,
-    *,
-    num_splats: int,
-    tolerance: int,
-) -> Splats | None:
-    """Splats on the hull of a window of the dynamic orbit; None where the silhouettes disagree."""
-    frames = np.asarray(clip.dynamic)
-    masks = silhouettes(frames, clip.dynamic_alpha, clip.background)
-    try:
-        return initialize.visual_hull(
-            frames[window],
-            masks[window],
-            clip.camera[window],
-            num_splats=num_splats,
-            tolerance=tolerance,
-            resolution=_hull_resolution(clip.camera),
-            sh_degree=sh_degree,
-            opacity=opacity,
-            key=jax.random.fold_in(key, window.start),
-        )
-    except initialize.EmptyHull:
-        return None
-
-
-def _left_behind(splats: Splats, clip: OrbitClip, first: int, last: int) -> Bool[jax.Array, "n"]:
-    """Which splats lie outside of more than one silhouette of some dynamic frames."""
-    masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip.background)[first : last + 1] > 0.5
-    camera = jax.tree.map(np.asarray, clip.camera[first : last + 1])
-    inside = initialize.carve(np.asarray(splats.means, np.float32), masks, camera, tolerance=1)
-    return jnp.asarray(splats.active) & ~jnp.asarray(inside)
-
-
-def _hull_resolution(camera: Camera) -> int:
-    """Voxels along the object: about one per pixel of a frame it fills, within reason."""
-    return min(144, max(24, camera.width))
-
-
-def _coverage(body: Splats, clip: OrbitClip, first: int, last: int, cells: int = 16) -> float:
-    """The fraction of the silhouettes of some dynamic frames that a body's splats fall on.
-
-    Judged on a grid of `cells` x `cells` over the image; mean over the frames.
-    """
-    masks = silhouettes(clip.dynamic, clip.dynamic_alpha, clip.background)
-    points, size = np.asarray(body.means), np.array([clip.camera.width, clip.camera.height])
-    covered = []
-    for i in range(first, last + 1):
-        pose, intrinsics = clip.camera[i].world_to_camera, clip.camera[i].intrinsics
-        pixels = (points @ pose[:3, :3].T + pose[:3, 3]) @ np.asarray(intrinsics).T
-        cell = np.clip(pixels[:, :2] / pixels[:, 2:] / size * cells, 0, cells - 1).astype(int)
-        hit = np.zeros((cells, cells), bool)
-        hit[cell[:, 1], cell[:, 0]] = True
-        rows, columns = ((np.arange(cells) + 0.5) / cells * n for n in masks.shape[1:])
-        inside = masks[i][np.ix_(rows.astype(int), columns.astype(int))] > 0.5
-        covered.append((hit & inside).sum() / max(inside.sum(), 1))
-    return float(np.mean(covered))
-
-
-def _append(splats: Splats, born: Splats) -> tuple[Splats, Bool[jax.Array, "n"]]:
-    """Puts `born` into free slots; returns the splats and which slots are new."""
-    free = np.flatnonzero(~np.asarray(splats.active))[: len(born)]
-    merged = jax.tree.map(
-        lambda old, new: jnp.asarray(old).at[free].set(new[: len(free)]), splats, born
-    )
-    members = jnp.zeros(len(splats), bool).at[free].set(True)
-    return merged, members

@@ -5,14 +5,11 @@ fine stage on the dynamic orbit. Ours has a warm-up before them (as 4DGS has), w
 canonical splats to the static orbit alone, and three additions that a single orbit needs, since
 each instant is seen from one side only:
 
-- The coarse stage opens the clip frame by frame; a newly opened frame starts from its neighbour's
-  pose (`curriculum`).
+- Motion is that of control points which move as rigidly and smoothly as the images allow.
 - Some static views stay in the fine stage (`Stage.static_fraction`); the paper has none there.
-- Where the object strays far from its static pose, splats of their own are added, carved from the
-  silhouettes of a window of frames and alive around that window only (`window_splats`).
+- A pose that the coarse stage could not find gets a body of its own (`gaussians.bodies`).
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -29,11 +26,10 @@ from jaxtyping import Array, Float, Int
 
 from d4d_jax.clips import OrbitClip
 from d4d_jax.metrics import Lpips
-from gaussians import densify, preparation
+from gaussians import bodies, densify, initialize, preparation
 from gaussians.asset import Asset, pair_capacity
 from gaussians.captures import Capture, of_clip
 from gaussians.deformation import Deformation, build
-from gaussians.deformation.lifespan import Lifespan
 from gaussians.densify import AdaptiveDensity
 from gaussians.losses import LossWeights
 from gaussians.optimization import (
@@ -46,6 +42,7 @@ from gaussians.optimization import (
     reset_opacity,
     step,
 )
+from gaussians.progress import Clock
 from gaussians.projection import BLUR
 from gaussians.rasterize import chosen
 from gaussians.snapshot import Interrupted, Keeper, Snapshot, digest, flatten, restore
@@ -55,12 +52,13 @@ _LOGGER = logging.getLogger(__name__)
 
 
 _WARMUP = Stage(steps=300, static_fraction=1.0, low_steps=200)
-_COARSE = Stage(steps=600, static_fraction=0.25, low_steps=600, curriculum=0.8, end_rate=0.5)
+_COARSE = Stage(steps=600, static_fraction=0.25, low_steps=600, end_rate=0.5)
 _FINE = Stage(steps=2000, static_fraction=0.2, low_steps=400, end_rate=0.05)
 
 
 def _default_deformation() -> dict[str, Any]:
-    return {"name": "lifespan", "base": {"name": "hexplane"}, "knots": 9}
+    base = {"name": "keyframes", "base": {"name": "control_points"}, "bodies": 2}
+    return {"name": "lifespan", "base": base, "knots": 9}
 
 
 def _default_density() -> AdaptiveDensity:
@@ -72,15 +70,16 @@ class ReconstructConfig:
     """All choices of a reconstruction. The defaults are for 256 x 256 clips of 24 frames.
 
     Attributes:
-        num_splats: created from the static orbit's silhouettes (or at random without them).
-        window_splats: added for the windows of frames that differ from the static pose; they need
-            the `lifespan` deformation.
-        num_windows: equal windows the clip is cut into for that.
+        num_splats: created by the initialiser.
+        body_splats: added for each pose that the coarse stage lost, if the deformation has `bodies`
+            for more than one.
         capacity: slots for splats; densification fills those that initialization leaves.
         sh_degree: of the colours, 0 to 3.
         sh_interval: steps after which one more band of the colours is used, as in 3DGS (1000
             there); 0 uses all from the start.
         deformation: spec of the field, for `gaussians.deformation.build`.
+        initializer: spec of the first splats, for `gaussians.initialize.build`; None takes the
+            visual hull of the frames at rest, or a random cube where that is empty.
         warmup: static views only, field at rest; skipped without a static orbit.
         coarse: dynamic and static views (Diffusion4D's coarse stage).
         fine: dynamic views, and as many static ones as `fine.static_fraction` says.
@@ -96,12 +95,12 @@ class ReconstructConfig:
     """
 
     num_splats: int = 8000
-    window_splats: int = 3000
-    num_windows: int = 4
+    body_splats: int = 4000
     capacity: int = 12000
     sh_degree: int = 0
     sh_interval: int = 0
     deformation: Mapping[str, Any] = dataclasses.field(default_factory=_default_deformation)
+    initializer: Mapping[str, Any] | None = None
     warmup: Stage = _WARMUP
     coarse: Stage = _COARSE
     fine: Stage = _FINE
@@ -113,16 +112,14 @@ class ReconstructConfig:
     implementation: str | None = None
 
     def __post_init__(self):
-        if self.num_splats + self.window_splats > self.capacity:
+        if self.num_splats > self.capacity:
             raise ValueError(
-                f"A capacity of {self.capacity} cannot hold num_splats={self.num_splats} and"
-                f" window_splats={self.window_splats}; raise the capacity."
+                f"A capacity of {self.capacity} cannot hold num_splats={self.num_splats}; raise it."
             )
-        if self.num_splats < 1 or self.window_splats < 0 or self.pairs_per_splat <= 0:
+        if self.num_splats < 1 or self.body_splats < 4 or self.pairs_per_splat <= 0:
             raise ValueError(
-                f"num_splats={self.num_splats} must be at least 1,"
-                f" window_splats={self.window_splats} at least 0 and"
-                f" pairs_per_splat={self.pairs_per_splat} above 0."
+                f"num_splats={self.num_splats} must be at least 1, body_splats={self.body_splats}"
+                f" at least 4 and pairs_per_splat={self.pairs_per_splat} above 0."
             )
         if self.static_time is not None and not 0 <= self.static_time <= 1:
             raise ValueError(f"static_time must lie in [0, 1]; got {self.static_time}.")
@@ -134,6 +131,8 @@ class ReconstructConfig:
             object.__setattr__(self, "density", densify.build(self.density))
         chosen(self.implementation)  # Raises for a name that there is not.
         build(self.deformation)  # Likewise.
+        if self.initializer is not None:
+            initialize.build(self.initializer)  # Likewise.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +147,8 @@ class Progress:
         psnr: of this step's view, in dB.
         splats: active ones.
         eta: estimated seconds until the last step.
+        asset: makes the asset as it is after this step. To be called within the callback: the next
+            step takes the arrays for itself.
     """
 
     stage: str
@@ -157,6 +158,7 @@ class Progress:
     psnr: float
     splats: int
     eta: float
+    asset: Callable[[], Asset]
 
 
 def reconstruct(
@@ -175,8 +177,7 @@ def reconstruct(
 
     Args:
         source: of a clip `static` and the alphas may be missing. Without alphas a pixel belongs to
-            the object where it differs from the background. Splats for windows of frames
-            (`window_splats`) are carved from clips only.
+            the object where it differs from the background.
         config: the choices.
         key: places the first splats and orders the views.
         callback: called after every step.
@@ -192,9 +193,14 @@ def reconstruct(
     splat_key, field_key, view_key, densify_key = jax.random.split(key, 4)
     field = build(config.deformation)
     capture = _capture(source, config.static_time)
-    first_key, window_key = jax.random.split(splat_key)
+    first_key, body_key = jax.random.split(splat_key)
     splats = preparation.first_splats(
-        capture, config.num_splats, config.capacity, config.sh_degree, first_key
+        capture,
+        config.num_splats,
+        config.capacity,
+        config.sh_degree,
+        first_key,
+        config.initializer,
     )
     if outside := preparation.count_outside(splats, field):
         _LOGGER.warning(
@@ -208,8 +214,8 @@ def reconstruct(
     fit = _Fit(capture, config, field, callback, keeper, perceptual, run)
     state = fit.resume(state)
     for number, (name, stage) in enumerate(fit.stages.items()):
-        if name == "coarse" and fit.begins(name) and isinstance(source, OrbitClip):
-            state = _with_window_splats(state, source, config, field, window_key)
+        if name == "fine" and "coarse" in fit.stages and fit.begins(name):
+            state = fit.with_bodies(state, body_key)
         keys = [jax.random.fold_in(k, number) for k in (view_key, densify_key)]
         state = fit.run(state, name, stage, *keys)
     meta = {
@@ -234,27 +240,6 @@ def _capture(source: OrbitClip | Capture, static_time: float | None) -> Capture:
     if static_time is None:
         static_time = preparation.find_static_time(source)
     return of_clip(source, static_time)
-
-
-def _with_window_splats(
-    state: TrainState,
-    clip: OrbitClip,
-    config: ReconstructConfig,
-    field: Deformation,
-    key: jax.Array,
-) -> TrainState:
-    if not config.window_splats or not isinstance(field, Lifespan):
-        return state
-    splats, params = preparation.add_window_splats(
-        clip,
-        state.splats,
-        field,
-        state.params["deformation"],
-        budget=config.window_splats,
-        num_windows=config.num_windows,
-        key=key,
-    )
-    return create_state(splats, params, config.rates)
 
 
 class _Fit:
@@ -288,7 +273,7 @@ class _Fit:
         self.total = ends[-1] if ends else 0
         self.pairs = pair_capacity(config.pairs_per_splat * config.capacity)
         self.done = 0
-        self.seconds: collections.deque[float] = collections.deque(maxlen=50)
+        self.clock = Clock(self.stages)
         self.views = functools.lru_cache(maxsize=2)(
             lambda scale: preparation.views_of(capture, scale)
         )
@@ -313,6 +298,20 @@ class _Fit:
         """Whether no step of a stage is done yet."""
         return self.done <= self.starts[name]
 
+    def with_bodies(self, state: TrainState, key: jax.Array) -> TrainState:
+        """Bodies for the poses that are lost, if the field can hold them."""
+        more = getattr(self.field, "bodies", 1) - 1
+        if not more:
+            return state
+        splats, params = bodies.add_bodies(
+            self._asset(state),
+            self.capture,
+            count=more,
+            num_splats=self.config.body_splats,
+            key=key,
+        )
+        return create_state(splats, params, self.config.rates)
+
     def run(
         self, state: TrainState, name: str, stage: Stage, view_key: jax.Array, key: jax.Array
     ) -> TrainState:
@@ -332,8 +331,8 @@ class _Fit:
             begin = time.perf_counter()
             noise_key = jax.random.fold_in(shaking_key, self.done)
             state, report = self._step(state, name, i, order[i], rate, noise_key, scale)
-            self.seconds.append(time.perf_counter() - begin)
             self.done += 1
+            self.clock.note(self.done, time.perf_counter() - begin)
             if self.config.density.refines_at(self.done):
                 state, report_of_splats = refine(
                     state,
@@ -348,11 +347,18 @@ class _Fit:
                 state = reset_opacity(state, density=self.config.density)
             if self.callback is not None:
                 psnr = -10 * math.log10(max(float(report.mse), 1e-10))
-                eta = float(np.median(self.seconds)) * (self.total - self.done)
+                eta = self.clock.remaining(self.done)
                 loss = float(report.loss)
-                self.callback(Progress(name, self.done, self.total, loss, psnr, splats, eta))
+                make = functools.partial(self._asset, state)
+                self.callback(Progress(name, self.done, self.total, loss, psnr, splats, eta, make))
             self._keep(state)
         return state
+
+    def _asset(self, state: TrainState) -> Asset:
+        """A copy of the present asset, on the host."""
+        splats, params = jax.tree.map(np.array, (state.splats, state.params["deformation"]))
+        facts = {"steps": self.done, "splats": int(splats.active.sum())}
+        return Asset(splats, self.field, params, self.capture.background, facts)
 
     def _keep(self, state: TrainState) -> None:
         """Takes a snapshot where one is due, and stops where the keeper says so."""

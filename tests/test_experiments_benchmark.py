@@ -2,38 +2,26 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from binaries import run_binary
 
 from experiments.benchmarks import measure, peers, rasterizer, scenes
 
-ROOT = Path(__file__).parent.parent
 KEYS = {
     "implementation", "n", "size", "forward_ms", "forward_backward_ms", "peak_mb", "compile_s",
 }  # fmt: skip
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.benchmark", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
-    result = run(
+    result = run_binary(
+        "benchmark",
         *("--suite=rasterizer", f"--json={folder / 'new' / 'rows.json'}", "--n=100", "--sizes=32"),
         *(f"--markdown={folder / 'table.md'}", "--repeats=2", "--seconds=0.1"),
         "--implementations=tiled,gsplat_torch",
@@ -80,6 +68,7 @@ def test_ratios_are_those_of_the_rows():
     [
         (["--suite=network"], 2, "rasterizer"),
         (["--n=ten"], 2, "whole numbers above 0"),
+        (["--words=fast"], 1, "--words has no part in --suite=rasterizer"),
         (["--implementations=tyled"], 1, "There is no rasterizer 'tyled'"),
         (["--markdown={tmp}"], 1, "is a folder"),
     ],
@@ -87,7 +76,8 @@ def test_ratios_are_those_of_the_rows():
 def test_mistakes_end_in_one_sentence_and_keep_the_file(arguments, code, words, tmp_path):
     file = tmp_path / "rows.json"
     file.write_text("[]")
-    result = run(
+    result = run_binary(
+        "benchmark",
         *("--suite=rasterizer", f"--json={file}", "--n=100"),
         *(text.format(tmp=tmp_path) for text in arguments),
     )
@@ -129,6 +119,41 @@ def test_capacity_grows_until_nothing_is_missing(monkeypatch):
 def test_peak_memory_is_what_a_call_adds():
     peak = measure.in_fresh_process(_peak_of_100_mb)
     assert peak is None or peak == pytest.approx(100, abs=2)
+
+
+def test_every_call_has_its_turn_in_every_round():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    samples = measure.rounds(calls, repeats=3, seconds=60)
+    assert "".join(order) == 3 * "aabb"
+    assert all(len(times) == 3 and min(times) >= 0 for times in samples.values())
+    assert {*measure.in_turn(calls, repeats=9, seconds=0)} == {"a", "b"}
+    assert "".join(order[12:]) == "aabb"  # one round, however short the time
+
+
+def test_a_spread_is_of_quartiles():
+    assert measure.Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_memory_of_a_program_counts_what_is_donated_once():
+    shape = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
+    plain = jax.jit(lambda x: x + 1).lower(shape).compile()
+    donated = jax.jit(lambda x: x + 1, donate_argnums=0).lower(shape).compile()
+    assert measure.program_mb(plain) == pytest.approx(8, abs=0.1)
+    assert measure.program_mb(donated) == pytest.approx(4, abs=0.1)
+
+
+def test_the_peak_of_a_process_is_its_own():
+    held = np.ones(800_000_000, np.uint8)
+    before, after = measure.in_fresh_process(_peaks_around_100_mb)
+    if before is not None:  # where /proc tells
+        assert measure.process_peak_mb() > held.nbytes / 1e6 > before
+        assert after - before == pytest.approx(100, abs=20)
+
+
+def _peaks_around_100_mb():
+    before = measure.process_peak_mb()
+    return before, (np.ones(100_000_000, np.uint8), measure.process_peak_mb())[1]
 
 
 def _peak_of_100_mb():

@@ -1,14 +1,11 @@
 """The binary, run as people run it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from binaries import run_binary
 from PIL import Image
 
 from d4d_jax import clips
@@ -17,7 +14,6 @@ from gaussians import io
 from gaussians.reconstruct import ReconstructConfig, reconstruct
 from gaussians.stages import Stage
 
-ROOT = Path(__file__).parent.parent
 FIELD = {
     "name": "hexplane",
     "spatial_resolution": 4,
@@ -25,17 +21,6 @@ FIELD = {
     "channels": 4,
     "width": 8,
 }
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.evaluate", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +35,7 @@ def evaluated(tmp_path_factory):
     asset = reconstruct(clip, config, jax.random.key(0))
     io.save_asset(folder / "asset.npz", asset)
     arguments = (f"--asset={folder / 'asset.npz'}", f"--clip={folder / 'clip'}")
-    result = run(*arguments, f"--workdir={folder / 'out'}")
+    result = run_binary("evaluate", *arguments, f"--workdir={folder / 'out'}")
     assert result.returncode == 0, result.stderr
     return folder, arguments, result
 
@@ -92,6 +77,6 @@ def test_pictures_show_every_view_set(evaluated):
 )
 def test_mistakes_end_in_one_sentence(evaluated, extra, words):
     folder, arguments, _ = evaluated
-    result = run(*arguments, f"--workdir={folder / 'out'}", *extra)
+    result = run_binary("evaluate", *arguments, f"--workdir={folder / 'out'}", *extra)
     assert result.returncode == 1 and words in result.stderr, result.stderr
     assert "Traceback" not in result.stderr

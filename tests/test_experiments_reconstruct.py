@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import capture_files
@@ -20,7 +21,9 @@ from PIL import Image
 from d4d_jax import clips
 from d4d_jax.data import synthetic
 from experiments import reconstruct as binary
+from experiments import results
 from experiments.configs import reconstruct as configs
+from experiments.curves import read_curve
 from gaussians import io
 from gaussians.captures import of_clip
 from gaussians.deformation import build
@@ -61,7 +64,8 @@ def test_writes_all_files(finished):
     names = {path.name for path in workdir.iterdir()}
     assert names == {
         "asset.npz", "point_cloud.ply", "orbit.mp4", "novel.mp4", "comparison.png", "report.json",
-        "point_cloud.spz", "point_cloud.glb", "frames", "viewer.html",
+        "point_cloud.spz", "point_cloud.glb", "frames", "viewer.html", "depth.mp4", "curves.png",
+        "curves.jsonl",
     }  # fmt: skip
     frames = {path.name for path in (workdir / "frames").iterdir()}
     assert frames == {"frames.json", *(f"{i:04}.ply" for i in range(4))}
@@ -94,11 +98,12 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(finished, clip_folder
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number and "Traceback" not in errors, errors
     assert re.search("Stopped after step [0-9]+ of 18. The same command goes on", errors), errors
-    assert {path.name for path in tmp_path.iterdir()} == {"snapshot.npz"}
+    assert {path.name for path in tmp_path.iterdir()} == {"snapshot.npz", "curves.jsonl"}
     other = run(*arguments, "--seed=1")
     assert other.returncode == 1 and "another clip, configuration or seed" in other.stderr
     assert run(*arguments).returncode == 0
     assert not (tmp_path / "snapshot.npz").exists()
+    assert read_curve(tmp_path / "curves.jsonl") == read_curve(finished[0] / "curves.jsonl")
     one, other = io.load_asset(tmp_path / "asset.npz"), io.load_asset(finished[0] / "asset.npz")
     for a, b in zip(*(jax.tree.leaves((x.splats, x.params)) for x in (one, other)), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -143,7 +148,8 @@ def test_overwriting_is_possible_and_front_frames_may_be_missing(clip_folder, tm
     (tmp_path / "report.json").write_text("{}")
     bare = clips.OrbitClip(clip.camera, clip.timestamps, dynamic=clip.dynamic)
     asset = binary.reconstruct(bare, binary.to_config(config), jax.random.key(0))
-    report = binary.write_results(asset, of_clip(bare, 0.0), tmp_path, seconds=1.0)
+    report = results.write_results(asset, of_clip(bare, 0.0), tmp_path, seconds=1.0)
+    assert not (tmp_path / "curves.png").exists()  # There is no curve to draw.
     assert report["psnr"]["front"] is None and report["psnr"]["static"] is None
     assert report["front_unseen"] is None and report["psnr"]["dynamic"] > 0
     assert json.loads((tmp_path / "report.json").read_text()) == report
@@ -155,8 +161,13 @@ def test_the_default_configuration_is_the_library_s():
     assert dataclasses.replace(spelt_out, deformation=default.deformation) == default
     fast = binary.to_config(configs.get_config("fast"))
     assert fast.capacity < ReconstructConfig().capacity
+    quality = binary.to_config(configs.get_config("quality"))
+    assert quality.capacity > default.capacity and quality.fine.steps > default.fine.steps
+    assert configs.get_config("default") == configs.get_config()
     with pytest.raises(ValueError, match="not 'quick'"):
         configs.get_config("quick")
+    with pytest.raises(ValueError, match=r"one preset, not \['smoke', 'fast'\]"):
+        configs.get_config("smoke,mcmc,fast")
     plain = binary.to_config(configs.get_config("smoke,hexplane"))
     assert plain.deformation["name"] == "hexplane" and plain.window_splats == 0
     assert binary.to_config(configs.get_config("identity")).deformation == {"name": "identity"}
@@ -177,12 +188,12 @@ def test_front_frames_that_the_orbit_shows_are_not_unseen():
     render[[0, 3]] = 0.0
     render[1:3] = np.clip(render[1:3] + 0.1, 0, None)
     capture = of_clip(clip, 0.0)
-    unseen = binary._front_unseen(capture, Rendered(render, clip.front_alpha))
+    unseen = results._front_unseen(capture, Rendered(render, clip.front_alpha))
     assert unseen["psnr"] == pytest.approx(20.0, abs=0.01)
     assert 0 < unseen["hold_still"] < 60
     nothing = Rendered(np.full_like(render, np.nan), clip.front_alpha)
     with pytest.raises(ValueError, match="A score is nan"):
-        binary._front_unseen(capture, nothing)
+        results._front_unseen(capture, nothing)
 
 
 def test_other_captures_are_reconstructed_and_evaluated(tmp_path):
@@ -232,8 +243,13 @@ def test_the_perceptual_network_and_its_weight_go_together():
 
 
 def test_an_interrupted_replacement_goes_on_without_overwrite(finished, clip_folder):
-    """Its old outputs are still there; they do not stand in the way of the snapshot."""
+    """Its old outputs are still there; they do not stand in the way of the snapshot.
+
+    What it does not write itself is gone in the end: it would show the old asset.
+    """
     workdir, _ = finished
+    for name in ("frames/notes.txt", "point_cloud.obj"):
+        (workdir / name).write_text("not of ours")
     before = io.load_asset(workdir / "asset.npz")
     arguments = [f"--clip={clip_folder}", f"--workdir={workdir}", SMOKE, "--snapshot_every=1"]
     process = subprocess.Popen(
@@ -250,6 +266,9 @@ def test_an_interrupted_replacement_goes_on_without_overwrite(finished, clip_fol
     assert run(*arguments).returncode == 0
     after = io.load_asset(workdir / "asset.npz")
     np.testing.assert_array_equal(after.splats.means, before.splats.means)
+    left = {path.name for path in workdir.iterdir() if path.suffix in (".spz", ".glb", ".obj")}
+    assert left == {"point_cloud.obj"}
+    assert [path.name for path in (workdir / "frames").iterdir()] == ["notes.txt"]
 
 
 def test_a_loss_that_is_not_finite_keeps_the_state_and_says_how_to_start_anew(
@@ -272,3 +291,56 @@ def test_static_frames_are_scored_at_the_time_of_the_configuration(clip_folder, 
     views = of_clip(clips.read_clip(clip_folder), 0.5).still
     expected = score(render_views(asset, views), views)["psnr"].mean()
     assert report["psnr"]["static"] == pytest.approx(expected, abs=1e-3)
+
+
+PRINTS = """
+from absl import flags
+from experiments import cli, reconstruct
+cli.define_config("reconstruct.py")
+cli.define_preset(reconstruct.PRESETS)
+def main():
+    config = reconstruct.to_config(flags.FLAGS.config)
+    print(config.capacity, config.fine.steps, config.deformation["name"], config.initializer)
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset=fast"], "4500 1000 lifespan None"),
+        (["--config.fine.steps=7", "--preset", "fast"], "4500 7 lifespan None"),
+        ([f"{SMOKE[:-6]}:hexplane", "--preset=quality"], "24000 6000 hexplane None"),
+        (
+            ["--config.initializer={'name': 'random_cube', 'half_extent': 0.3}"],
+            "12000 2000 lifespan {'half_extent': 0.3, 'name': 'random_cube'}",
+        ),
+        (["--preset=quality", SMOKE], "one preset, not ['smoke', 'quality']"),
+        (["--preset=smoke"], "should be one of <fast|default|quality>"),
+        (["--config.initializer={'name': 'ply'}"], "missing a required argument: 'path'"),
+    ],
+)
+def test_presets_and_initialisers_on_the_command_line(arguments, words):
+    command = [sys.executable, "-c", PRINTS, *arguments]
+    result = subprocess.run(command, **OPTIONS, capture_output=True, check=False)
+    assert words in result.stdout + result.stderr and "Traceback" not in result.stderr
+    assert (result.returncode == 0) == ("None" in words or "half_extent" in words)
+
+
+def test_the_viewer_runs_along_and_stays_if_told(clip_folder, tmp_path):
+    arguments = [f"--clip={clip_folder}", f"--workdir={tmp_path}", SMOKE]
+    viewer = ["--viewer_port=18770", "--viewer_hold"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([*COMMAND, *arguments, *viewer], **OPTIONS, **pipes)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "stays until Ctrl-C" in line:
+            break
+    assert process.poll() is None, lines
+    with urllib.request.urlopen("http://127.0.0.1:18770", timeout=10) as page:
+        assert page.status == 200
+    process.send_signal(signal.SIGINT)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in "".join(lines) + errors, errors
+    assert "http://127.0.0.1:18770" in shown and (tmp_path / "report.json").exists()

@@ -4,8 +4,6 @@ What needs no second process calls `train.run`. The clips are drawn, small and f
 """
 
 import json
-import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -16,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from absl import flags
+from binaries import ROOT, run_binary
 from ml_collections import config_flags
 
 from d4d_jax import clips
@@ -23,19 +22,6 @@ from d4d_jax.data import synthetic
 from d4d_jax.models import bundle
 from experiments import build, cli, sample, train
 from experiments.configs import tiny
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def run_binary(name, *arguments):
-    """Runs `python -m experiments.NAME` in the project folder."""
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
 
 
 def run_train(root, folder, *arguments):

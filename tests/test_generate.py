@@ -1,22 +1,21 @@
 """The generate binary by subprocess: its files, its bytes, and the mistakes people make."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import plyfile
 import pytest
+from binaries import run_binary
 
 from d4d_jax import clips
-
-ROOT = Path(__file__).parent.parent
 
 FILES = {
     "asset.npz",
     "asset_orbit.mp4",
     "comparison.png",
+    "curves.jsonl",
+    "curves.png",
+    "depth.mp4",
     "novel.mp4",
     "orbit.mp4",
     "orbit_frames",
@@ -28,9 +27,8 @@ FILES = {
 
 def generate(workdir, *flags):
     """Runs `python -m experiments.generate` with sizes that take seconds."""
-    command = [sys.executable, "-m", "experiments.generate", f"--workdir={workdir}", *flags]
     smoke = ["--config=experiments/configs/reconstruct.py:smoke", "--steps=2"]
-    return subprocess.run([*command, *smoke], cwd=ROOT, capture_output=True, text=True)
+    return run_binary("generate", f"--workdir={workdir}", *flags, *smoke)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@ import jax
 import numpy as np
 import pytest
 
-from d4d_jax import registry
 from d4d_jax.cameras import orbit
 from gaussians import initialize
 from gaussians.sh import C0
@@ -144,10 +143,7 @@ def test_impossible_requests_are_refused_in_a_sentence(change, sentence):
 
 
 def test_random_cube_fills_its_cube_evenly():
-    splats = registry.build(
-        "initializer",
-        {"name": "random_cube", "num_splats": 500, "key": KEY, "half_extent": 1.3, "capacity": 600},
-    )
+    splats = initialize.random_cube(500, key=KEY, half_extent=1.3, capacity=600)
     means = np.asarray(splats.means)[:500]
     assert np.abs(means).max() <= 1.3 and np.abs(means).max() > 1.25
     np.testing.assert_allclose(means.mean(axis=0), 0, atol=0.15)

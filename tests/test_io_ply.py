@@ -122,7 +122,7 @@ def test_damaged_ply_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=rf"cloud\.ply .*{sentence}"):
             io.read_ply(path)
 
-    refused(content[:-1], "is cut off: 5 splats take 520 bytes .* only 519")
+    refused(content[:-1], "is cut off: 5 vertices take 520 bytes .* only 519")
     refused(content[:40], "lacks the header")
     refused(b"\x89PNG" + content, "lacks the header")
     refused(content.replace(b"opacity", b"opaque_"), "has no attribute opacity")

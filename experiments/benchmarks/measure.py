@@ -10,10 +10,11 @@ import pathlib
 import platform
 import re
 import time
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -21,31 +22,54 @@ T = TypeVar("T")
 _PAUSE = 0.01  # seconds after which the waiting threads of the call before have gone to sleep
 
 
+class Spread(NamedTuple):
+    """The quartiles of a figure that was taken several times."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Spread":
+        """Of any number of samples above 0."""
+        return cls(*(float(x) for x in np.percentile(samples, (25, 50, 75))))
+
+
 def in_turn(
     calls: Mapping[K, Callable[[], Any]], *, repeats: int, seconds: float
 ) -> dict[K, float]:
-    """Least milliseconds of each call, over rounds in which each has its turn.
+    """Least milliseconds of each call over the rounds of `rounds`, which has the arguments."""
+    samples = rounds(calls, repeats=repeats, seconds=seconds)
+    return {key: min(times) for key, times in samples.items()}
+
+
+def rounds(
+    calls: Mapping[K, Callable[[], Any]], *, repeats: int, seconds: float
+) -> dict[K, list[float]]:
+    """Milliseconds of each call, one figure per round; in a round each call has its turn.
 
     Whatever else the machine does thus hits all of them alike. A turn is two calls, because the
-    others have emptied the caches before the first.
+    others have emptied the caches before the first; the lesser time counts.
 
     Args:
         calls: functions that return when their work is done, run at least once before.
         repeats: most rounds.
         seconds: no round starts later than this, but one is always run.
     """
-    least = dict.fromkeys(calls, math.inf)
+    samples: dict[K, list[float]] = {key: [] for key in calls}
     begin = time.perf_counter()
     for _ in range(repeats):
         for key, call in calls.items():
             time.sleep(_PAUSE)
+            times = []
             for _ in range(2):
                 start = time.perf_counter()
                 call()
-                least[key] = min(least[key], 1e3 * (time.perf_counter() - start))
+                times.append(1e3 * (time.perf_counter() - start))
+            samples[key].append(min(times))
         if time.perf_counter() - begin > seconds:
             break
-    return least
+    return samples
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
@@ -86,6 +110,35 @@ def peak_mb(call: Callable[[], Any], *, on_host: bool) -> float | None:
     after = _status()
     grown = after["VmHWM"] - before["VmRSS"] - (after["RssFile"] - before["RssFile"])
     return max(grown, 0) * 1024 / 1e6
+
+
+def process_peak_mb() -> float | None:
+    """Largest resident memory of this process so far, in MB, libraries included; None: unknown.
+
+    Not `resource.getrusage`: on Linux its figure starts from that of the process that spawned this.
+    """
+    try:
+        return _status()["VmHWM"] * 1024 / 1e6
+    except (OSError, KeyError):
+        return None
+
+
+def device_peak_mb() -> float | None:
+    """Largest use of the memory of jax's device so far, in MB; None where it does not count it."""
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return None if peak is None else peak / 1e6
+
+
+def program_mb(compiled: jax.stages.Compiled) -> float | None:
+    """MB that a compiled program holds while it runs; None: its platform does not say.
+
+    Arguments, temporaries, and results; a result in the place of a donated argument counts once.
+    """
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return None
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return (sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes) / 1e6
 
 
 def threads() -> int:

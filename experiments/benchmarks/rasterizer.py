@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.benchmarks import measure, scenes
 from experiments.benchmarks.peers import PEERS, Candidate, compiled
+from experiments.benchmarks.tables import number
 from gaussians.asset import pair_capacity
 from gaussians.rasterize import chosen, rasterize
 from gaussians.types import Camera, Splats
@@ -111,7 +112,7 @@ def table(rows: Sequence[Row]) -> str:
 
     def faster(row: Row, key: str) -> str:
         base = baseline.get((row["n"], row["size"]))
-        return "-" if base is None else _number(base[key] / row[key])
+        return "-" if base is None else number(base[key] / row[key])
 
     lines = [
         "| splats | pixels | implementation | forward (ms) | x | forward + backward (ms) | x"
@@ -123,21 +124,15 @@ def table(rows: Sequence[Row]) -> str:
             f"{row['n']:,}",
             f"{row['size']}²",
             f"`{row['implementation']}`",
-            _number(row["forward_ms"]),
+            number(row["forward_ms"]),
             faster(row, "forward_ms"),
-            _number(row["forward_backward_ms"]),
+            number(row["forward_backward_ms"]),
             faster(row, "forward_backward_ms"),
-            _number(row["peak_mb"]),
-            _number(row["compile_s"]),
+            number(row["peak_mb"]),
+            number(row["compile_s"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
 
 
 def _prepare(name: str, scene: scenes.Scene, capacity: int | None) -> Candidate:

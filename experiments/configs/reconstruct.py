@@ -1,29 +1,51 @@
 """Reconstruction of a 4D asset: the fields of `gaussians.reconstruct.ReconstructConfig`.
 
-`reconstruct.py` is for 256 x 256 clips and takes under three minutes on two CPU cores;
-`reconstruct.py:fast` is for 64 x 64 clips, about a minute and a half; `reconstruct.py:smoke` takes
-seconds and proves only that everything runs. A comma adds a choice of parts: `:hexplane` is
-HexPlane without short-lived splats, `:nodes` has control points (SC-GS) in its place, `:identity`
-does not move at all; `:mcmc` relocates splats instead of cloning and pruning them
-(`reconstruct.py:fast,nodes,mcmc`).
+For 256 x 256 clips on two CPU cores:
+
+- `reconstruct.py` or `reconstruct.py:default` takes under three minutes,
+- `reconstruct.py:fast` gives a usable asset in less than 90 seconds,
+- `reconstruct.py:quality` has twice the splats, harmonics, and takes several times as long,
+- `reconstruct.py:smoke` takes seconds and proves only that everything runs.
+
+A binary's `--preset=fast` is the same as the word in `--config`. A comma adds a choice of parts
+(`reconstruct.py:fast,hexplane,mcmc`):
+
+- `hexplane` moves the splats by HexPlane (4DGS) instead of control points (SC-GS); `identity` does
+  not move them at all;
+- `plain` is the field alone, without bodies for lost poses and without short-lived splats;
+- `mcmc` relocates splats instead of cloning and pruning them;
+- `no_coarse`, `no_fine` give the steps of one stage to the other; `dynamic_fine` has no static
+  views in the fine stage, as the paper has it.
+
+The first splats come from the silhouettes, or from what is named by a dict:
+`--config.initializer="{'name': 'ply', 'path': 'cloud.ply'}"` (see `gaussians.initialize`).
 """
 
 import ml_collections
+
+#: Words that set all sizes: one of them at a time.
+_SIZES = ("default", "fast", "quality", "smoke")
+_FIELDS = ("hexplane", "identity")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the configuration; `arg` is any of the words above, separated by commas.
 
     Raises:
-        ValueError: another word.
+        ValueError: another word, or two that exclude each other.
     """
     variants = {
+        "default": lambda config: None,
         "fast": _fast,
+        "quality": _quality,
         "smoke": _smoke,
         "hexplane": _hexplane,
-        "nodes": _nodes,
+        "plain": _plain,
         "identity": _identity,
         "mcmc": _mcmc,
+        "no_coarse": _no_coarse,
+        "no_fine": _no_fine,
+        "dynamic_fine": _dynamic_fine,
     }
     config = _default()
     words = [word for word in arg.split(",") if word]
@@ -31,9 +53,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         if word not in variants:
             known = ", ".join(variants)
             raise ValueError(f"reconstruct.py knows the variants {known}, not {word!r}.")
-    fields = [word for word in words if word in ("hexplane", "nodes", "identity")]
-    if len(fields) > 1:
-        raise ValueError(f"A reconstruction has one deformation field, not {fields}.")
+    for kind, group in (("preset", _SIZES), ("deformation field", _FIELDS)):
+        chosen = list(dict.fromkeys(word for word in words if word in group))
+        if len(chosen) > 1:
+            raise ValueError(f"A reconstruction has one {kind}, not {chosen}.")
     for word, change in variants.items():  # sizes first, whatever the order of the words
         if word in words:
             change(config)
@@ -43,31 +66,20 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def _default() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.num_splats = 8000
-    config.window_splats = 3000
-    config.num_windows = 4
+    config.body_splats = 4000
     config.capacity = 12000
     config.sh_degree = 0
     config.sh_interval = 0
     config.static_time = ml_collections.config_dict.placeholder(float)  # None: found by comparison
     config.pairs_per_splat = 8.0
     config.implementation = ml_collections.config_dict.placeholder(str)  # None: the fastest here
-    hexplane = dict(
-        name="hexplane",
-        bound=0.75,
-        spatial_resolution=32,
-        time_resolution=24,
-        multires=(1, 2),
-        channels=16,
-        width=64,
-        depth=2,
-        opacity=False,
-        detach_coordinates=True,
-    )
-    config.deformation = dict(name="lifespan", base=hexplane, knots=9)
+    nodes = dict(name="control_points", num_nodes=200)
+    keyframes = dict(name="keyframes", base=nodes, bodies=2)
+    config.deformation = dict(name="lifespan", base=keyframes, knots=9)
+    # None: the hull of the silhouettes. A whole dict is given, as the keys differ by its name.
+    config.initializer = ml_collections.config_dict.placeholder(ml_collections.ConfigDict)
     config.warmup = _stage(steps=300, static_fraction=1.0, low_steps=200)
-    config.coarse = _stage(
-        steps=600, static_fraction=0.25, low_steps=600, curriculum=0.8, end_rate=0.5
-    )
+    config.coarse = _stage(steps=600, static_fraction=0.25, low_steps=600, end_rate=0.5)
     config.fine = _stage(steps=2000, static_fraction=0.2, low_steps=400, end_rate=0.05)
     config.density = dict(
         name="adaptive",
@@ -95,7 +107,7 @@ def _default() -> ml_collections.ConfigDict:
         time_l1=1e-4,
         lifespan=1e-3,
         arap=1.0,
-        acceleration=0.3,
+        acceleration=10.0,
     )
     config.rates = dict(
         means=5e-4,
@@ -106,7 +118,7 @@ def _default() -> ml_collections.ConfigDict:
         planes=3e-3,
         network=1e-3,
         curves=0.1,
-        nodes=1.5e-3,
+        nodes=8e-3,
     )
     return config
 
@@ -127,7 +139,7 @@ def _stage(**fields) -> dict:
 
 def _fast(config: ml_collections.ConfigDict) -> None:
     config.num_splats = 3000
-    config.window_splats = 1000
+    config.body_splats = 1500
     config.capacity = 4500
     config.warmup.update(steps=200, low_steps=0)
     config.coarse.update(steps=300, low_steps=0)
@@ -135,27 +147,59 @@ def _fast(config: ml_collections.ConfigDict) -> None:
     config.density.update(start=550, stop=1200, every=200)
 
 
+def _quality(config: ml_collections.ConfigDict) -> None:
+    config.num_splats = 14000
+    config.body_splats = 8000
+    config.capacity = 24000
+    config.sh_degree = 1
+    config.sh_interval = 1500
+    config.warmup.update(steps=500, low_steps=300)
+    config.coarse.update(steps=1200, low_steps=1200)
+    config.fine.update(steps=6000, low_steps=800)
+    config.density.update(start=1750, stop=5000)
+
+
 def _smoke(config: ml_collections.ConfigDict) -> None:
     config.num_splats = 150
-    config.window_splats = 50
+    config.body_splats = 50
     config.capacity = 250
-    config.deformation.base.update(
-        spatial_resolution=8, time_resolution=4, multires=(1,), channels=4, width=8
-    )
+    config.deformation.base.base.num_nodes = 16
     config.density.update(start=2, every=5)
     for stage in ("warmup", "coarse", "fine"):
         config[stage].update(steps=6, low_steps=0)
 
 
 def _hexplane(config: ml_collections.ConfigDict) -> None:
-    config.deformation = config.deformation.base
-    config.window_splats = 0  # They come and go by the lifespan field.
+    config.deformation.base.base = dict(
+        name="hexplane",
+        bound=0.75,
+        spatial_resolution=32,
+        time_resolution=24,
+        multires=(1, 2),
+        channels=16,
+        width=64,
+        depth=2,
+        opacity=False,
+        detach_coordinates=True,
+    )
 
 
-def _nodes(config: ml_collections.ConfigDict) -> None:
-    smoke = config.deformation.base.width < 16
-    base = dict(name="control_points", num_nodes=16 if smoke else 64)
-    config.deformation = dict(name="lifespan", base=base, knots=9)
+def _plain(config: ml_collections.ConfigDict) -> None:
+    config.deformation = config.deformation.base.base
+
+
+def _no_coarse(config: ml_collections.ConfigDict) -> None:
+    config.fine.steps += config.coarse.steps
+    config.coarse.steps = 0
+
+
+def _no_fine(config: ml_collections.ConfigDict) -> None:
+    config.coarse.steps += config.fine.steps
+    config.fine.steps = 0
+
+
+def _dynamic_fine(config: ml_collections.ConfigDict) -> None:
+    config.fine.static_fraction = 0.0
 
 
 def _mcmc(config: ml_collections.ConfigDict) -> None:
@@ -175,4 +219,3 @@ def _mcmc(config: ml_collections.ConfigDict) -> None:
 
 def _identity(config: ml_collections.ConfigDict) -> None:
     config.deformation = dict(name="identity")
-    config.window_splats = 0

@@ -1,6 +1,7 @@
 """Captures from files: the layouts that others store moving objects in.
 
-- a clip folder with `multi_frame0.png` (`d4d_jax.clips`),
+- a clip folder with `multi_frame0.png` (`d4d_jax.clips`); a `transforms_test.json` in it adds views
+  by further cameras, held out as the set "test" (`read_held_out`),
 - `transforms_train.json` and its like, of D-NeRF and Blender (`read_transforms`),
 - a folder with `cameras.json` and a video or a folder of images for each camera (`read_multiview`),
 - a video and the poses of its one camera (`read_video`).
@@ -20,13 +21,14 @@ from gaussians.datasets import multiview
 from gaussians.datasets.assembly import denormalised
 from gaussians.datasets.footage import VIDEOS, ReadOptions
 from gaussians.datasets.multiview import read_multiview, read_video
-from gaussians.datasets.transforms import read_transforms
+from gaussians.datasets.transforms import read_held_out, read_transforms
 
 __all__ = [
     "ReadOptions",
     "denormalised",
     "find_layout",
     "read_capture",
+    "read_held_out",
     "read_multiview",
     "read_transforms",
     "read_video",
@@ -127,6 +129,8 @@ def _read_clip(path: Path, options: ReadOptions) -> Capture:
     clip = read_clip(path, background=options.background, size=options.size)
     capture = of_clip(clip, 0.0 if clip.static is None else find_static_time(clip))
     held_out = {name: views[options.slice] for name, views in capture.held_out.items()}
+    if (path / "transforms_test.json").is_file():
+        held_out["test"] = read_held_out(path / "transforms_test.json", options)
     return dataclasses.replace(capture, moving=capture.moving[options.slice], held_out=held_out)
 
 

@@ -78,6 +78,15 @@ def assemble(
     )
 
 
+def assemble_as_is(shots: list[Shot], options: ReadOptions) -> Views:
+    """Views in the world and time of their files; the list is emptied on the way.
+
+    Raises:
+        ValueError: the frames differ in size, or only some have alpha.
+    """
+    return _stack(shots, options).views(np.zeros(3), 1.0, 0.0, 1.0)
+
+
 def denormalised(splats: Splats, capture: Capture) -> Splats:
     """Splats of a capture's reconstruction in the world and units of its files."""
     return dataclasses.replace(

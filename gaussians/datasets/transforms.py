@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from gaussians.captures import Capture
+from gaussians.captures import Capture, Views
 from gaussians.datasets import records
-from gaussians.datasets.assembly import Shot, assemble
+from gaussians.datasets.assembly import Shot, assemble, assemble_as_is
 from gaussians.datasets.footage import IMAGES, ReadOptions, masked, read_mask, read_picture
 
 _DEFAULTS = ReadOptions()
@@ -56,6 +56,25 @@ def read_transforms(folder: str | os.PathLike, options: ReadOptions = _DEFAULTS)
             shots[name] = [frames[i].shot(options) for i in np.flatnonzero(chosen)]
         last = float(times[chosen].max()) if last is None else last
     return assemble(shots.pop("train"), shots, options, in_seconds=False)
+
+
+def read_held_out(path: str | os.PathLike, options: ReadOptions = _DEFAULTS) -> Views:
+    """Reads one list of views beside a clip, such as `transforms_test.json`.
+
+    The records are those of `read_transforms`, but poses are in the world of the clip already, and
+    times are its timestamps. All frames are read, whatever `options.stride` and `limit` say.
+
+    Raises:
+        FileNotFoundError: the list or an image is missing.
+        ValueError: a file cannot be read, a time is outside [0, 1], or what it says makes no sense.
+    """
+    frames = _frames(Path(path))
+    for frame in frames:
+        if not 0 <= (frame.time or 0.0) <= 1:
+            raise ValueError(
+                f"The time of {frame.name} must lie in [0, 1], the clip's; got {frame.time}."
+            )
+    return assemble_as_is([frame.shot(options) for frame in frames], options)
 
 
 @dataclasses.dataclass(frozen=True)

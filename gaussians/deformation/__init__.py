@@ -65,6 +65,12 @@ def build(spec: Mapping[str, Any]) -> Deformation:
     Raises:
         ValueError: unknown name, or an argument that the field does not take.
     """
-    from gaussians.deformation import control_points, hexplane, identity, lifespan  # noqa: F401
+    from gaussians.deformation import (  # noqa: F401
+        control_points,
+        hexplane,
+        identity,
+        keyframes,
+        lifespan,
+    )
 
     return registry.build("deformation", spec)

@@ -44,9 +44,10 @@ class ControlPoints:
 
     Attributes:
         num_nodes: m. With fewer active splats than nodes, the nodes left over coincide with
-            others. SC-GS takes 512; 64 are enough for one body and 24 frames.
+            others. SC-GS takes 512.
         neighbours: nodes that carry a splat.
         graph_neighbours: links per node that `arap` keeps rigid.
+        tolerance: stretch of a link beyond which `arap` grows no longer with its square.
         motion: "table", poses at `time_resolution` instants with linear interpolation between them,
             or "mlp", SC-GS's network of a node's position and the time.
         time_resolution: instants 0, 1/(n-1), ..., 1 of the table. With "mlp" the regularisers look
@@ -63,9 +64,10 @@ class ControlPoints:
         time_frequencies: octaves of the time's encoding, from 1 radian per clip.
     """
 
-    num_nodes: int = 64
+    num_nodes: int = 200
     neighbours: int = 3
     graph_neighbours: int = 8
+    tolerance: float = 0.1
     motion: str = "table"
     time_resolution: int = 24
     radius: float = 0.8
@@ -210,7 +212,7 @@ class ControlPoints:
         moved, rotations = self.trajectories(params)
         graph = rigidity.neighbour_graph(rest, self.graph_neighbours)
         return {
-            "arap": rigidity.arap(rest, moved, rotations, *graph),
+            "arap": rigidity.arap(rest, moved, rotations, *graph, self.tolerance),
             "acceleration": rigidity.acceleration(moved),
         }
 

@@ -3,30 +3,34 @@
 The field looks up a splat's canonical position and the timestamp in three spatial planes (xy, xz,
 yz) and three space-time planes (xt, yt, zt), multiplies the six feature vectors, concatenates the
 scales, and decodes them with a small network into changes of position, log-scale, rotation and,
-optionally, opacity. Deliberate differences from the reference implementation of 4DGS
+optionally, opacity and colour. Deliberate differences from the reference implementation of 4DGS
 (hustvl/4DGaussians): the timestamp covers the whole of each time plane (there only half of it), the
 heads start at zero, so that the field starts as the identity, and the spatial regulariser works
-along both axes of a plane (there along one).
+along both axes of a plane (there along one). `compat="4dgs"` makes the reference's choices.
 
 All splats of a step share one timestamp. So every space-time plane is first interpolated to the
 line at that timestamp, and the splats then look up six planes, three of which are lines.
 """
 
 import dataclasses
-import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from d4d_jax.registry import register
 from d4d_jax.typing import PyTree
 from gaussians.deformation import Timestamp
+from gaussians.deformation.planes import lookup_line, lookup_plane, sample, slice_at
 from gaussians.types import Splats
 
-_SPATIAL = (("xy", 0, 1), ("xz", 0, 2), ("yz", 1, 2))
-_TEMPORAL = (("xt", 0), ("yt", 1), ("zt", 2))
+__all__ = ["HexPlane", "lookup_line", "lookup_plane", "slice_at"]
+
+_SPATIAL = ("xy", "xz", "yz")
+_TEMPORAL = ("xt", "yt", "zt")
 
 
 @register("deformation", "hexplane")
@@ -43,9 +47,25 @@ class HexPlane:
         width: of the hidden layers.
         depth: number of hidden layers, which all heads share.
         opacity: whether a fourth head changes the opacity logit over time.
+        sh: whether another head changes the spherical-harmonic coefficients over time, all that the
+            splats have.
         detach_coordinates: treats the canonical position that addresses the planes as a constant in
             gradients. It saves a third of the backward pass, and the shape of the canonical object
             is then driven by the images alone, not by the slope of the field.
+        compat: None, or "4dgs" for what the reference does and the sizes above cannot say:
+
+            - t = 0 lies in the middle of each time plane: the first half of its nodes is idle.
+            - Every head has a hidden layer of its own, of `width`, after the shared ones.
+            - The last layers start like all others (Xavier), and biases uniform in
+              +-1/sqrt(inputs): the field does not start as the identity.
+            - `plane_tv` looks along the second axis of the spatial planes alone.
+
+            For D-NeRF its sizes are `spatial_resolution=64, channels=32, width=64, depth=1`
+            (`defor_depth` 0 or 1 there), `time_resolution` 25 to 100, `bound` the half side of the
+            initial points (1.3 for the random cube), and `detach_coordinates=False`.
+
+    Raises:
+        ValueError: a size is out of its range, or `compat` unknown.
     """
 
     bound: float = 0.75
@@ -56,7 +76,9 @@ class HexPlane:
     width: int = 64
     depth: int = 2
     opacity: bool = False
+    sh: bool = False
     detach_coordinates: bool = True
+    compat: str | None = None
 
     def __post_init__(self):
         if min(self.spatial_resolution, self.time_resolution) < 2:
@@ -66,96 +88,143 @@ class HexPlane:
             )
         if not self.bound > 0:
             raise ValueError(f"The bound of a HexPlane must be positive; got {self.bound}.")
+        if self.depth < 1:
+            raise ValueError(f"A HexPlane needs at least 1 hidden layer; got depth={self.depth}.")
+        if self.compat not in (None, "4dgs"):
+            raise ValueError(f"compat={self.compat!r} is unknown to HexPlane; use None or '4dgs'.")
         object.__setattr__(self, "multires", tuple(self.multires))
 
-    @property
-    def heads(self) -> dict[str, int]:
-        """Name and output size of every head."""
-        heads = {"position": 3, "scale": 3, "rotation": 4}
-        return heads | {"opacity": 1} if self.opacity else heads
-
     def init(self, key: jax.Array, splats: Splats | None = None) -> PyTree:
-        """Spatial planes uniform in [0.1, 0.5], time planes 1, last layers of the heads 0."""
-        del splats
+        """Spatial planes uniform in [0.1, 0.5], time planes 1, last layers of the heads 0.
+
+        The field is then the identity; not so with `compat="4dgs"`.
+
+        Args:
+            key: of the random numbers.
+            splats: tell the head `sh` how many coefficients there are; not needed without it.
+
+        Raises:
+            ValueError: `sh` without splats.
+        """
         keys = (jax.random.fold_in(key, i) for i in itertools.count())
         planes = []
         for factor in self.multires:
             r = self.spatial_resolution * factor
             spatial = {
                 name: jax.random.uniform(next(keys), (r, r, self.channels), minval=0.1, maxval=0.5)
-                for name, _, _ in _SPATIAL
+                for name in _SPATIAL
             }
             temporal = {
-                name: jnp.ones((self.time_resolution, r, self.channels)) for name, _ in _TEMPORAL
+                name: jnp.ones((self.time_resolution, r, self.channels)) for name in _TEMPORAL
             }
             planes.append(spatial | temporal)
         sizes = (self.channels * len(self.multires), *(self.width,) * self.depth)
         trunk = tuple(_dense(next(keys), *size) for size in itertools.pairwise(sizes))
-        heads = {
+        heads: dict[str, Any] = {
             name: {"kernel": jnp.zeros((self.width, size)), "bias": jnp.zeros(size)}
-            for name, size in self.heads.items()
+            for name, size in self._head_sizes(splats).items()
         }
+        if self.compat:
+            trunk = tuple(_with_biases(next(keys), layer) for layer in trunk)
+            for name, head in heads.items():
+                shapes = ((self.width, self.width), head["kernel"].shape)
+                hidden, last = (
+                    _with_biases(next(keys), _dense(next(keys), *shape)) for shape in shapes
+                )
+                heads[name] = last | {"hidden": hidden}
         return {"planes": tuple(planes), "trunk": trunk, "heads": heads}
+
+    def _head_sizes(self, splats: Splats | None) -> dict[str, int]:
+        """Name and output size of every head."""
+        sizes = {"position": 3, "scale": 3, "rotation": 4}
+        if self.opacity:
+            sizes["opacity"] = 1
+        if self.sh:
+            if splats is None:
+                raise ValueError(
+                    "HexPlane.init needs the splats when sh=True: their degree is the head's size."
+                )
+            sizes["sh"] = 3 * splats.sh.shape[-2]
+        return sizes
 
     def features(
         self, params: PyTree, positions: Float[Array, "n 3"], t: Timestamp
     ) -> Float[Array, "n f"]:
-        """The concatenated products of the six planes, (n, channels * number of scales)."""
-        unit = jnp.clip((positions + self.bound) / (2 * self.bound), 0, 1)
-        scales = []
-        for planes in params["planes"]:
-            lines = {name: slice_at(planes[name], t) for name, _ in _TEMPORAL}
-            looked_up = [lookup_plane(planes[name], unit[:, (a, b)]) for name, a, b in _SPATIAL]
-            looked_up += [lookup_line(lines[name], unit[:, a]) for name, a in _TEMPORAL]
-            scales.append(_product(tuple(looked_up)))
-        return jnp.concatenate(scales, axis=-1)
+        """The concatenated products of the six planes, (n, channels * number of scales).
 
-    def apply(self, params: PyTree, splats: Splats, t: Timestamp) -> Splats:
-        """Adds the heads' outputs to the raw (pre-activation) parameters of the splats."""
-        positions = jnp.asarray(splats.means)
+        With `detach_coordinates`, no gradient reaches the positions.
+        """
         if self.detach_coordinates:
             positions = jax.lax.stop_gradient(positions)
-        hidden = self.features(params, positions, t)
-        for layer in params["trunk"]:
-            hidden = jax.nn.relu(_apply_dense(layer, hidden))
-        change = _apply_heads(params["heads"], hidden)
-        moved = dataclasses.replace(
-            splats,
-            means=splats.means + change["position"],
-            log_scales=splats.log_scales + change["scale"],
-            quaternions=splats.quaternions + change["rotation"],
+        unit = jnp.clip((positions + self.bound) / (2 * self.bound), 0, 1)
+        at = self._on_time_planes(t)
+        spatial = tuple(tuple(planes[name] for name in _SPATIAL) for planes in params["planes"])
+        lines = tuple(
+            tuple(slice_at(planes[name], at) for name in _TEMPORAL) for planes in params["planes"]
         )
+        return sample(spatial, lines, unit, not self.detach_coordinates)
+
+    def _on_time_planes(self, t: Timestamp) -> Timestamp:
+        """Where a timestamp lies on the time planes, from 0 at the first node to 1 at the last."""
+        return (1 + t) / 2 if self.compat else t
+
+    def apply(self, params: PyTree, splats: Splats, t: Timestamp) -> Splats:
+        """Adds the heads' outputs to the raw (pre-activation) parameters of the splats.
+
+        Raises:
+            ValueError: the splats have not as many coefficients as the head `sh` was made for.
+        """
+        features = self.features(params, jnp.asarray(splats.means), t)
+        change = _decode(params["trunk"], params["heads"], features)
+        moved = splats.with_parameters({
+            "means": splats.means + change["position"],
+            "log_scales": splats.log_scales + change["scale"],
+            "quaternions": splats.quaternions + change["rotation"],
+        })  # fmt: skip
         if "opacity" in change:
             logits = splats.opacity_logits + change["opacity"][:, 0]
             moved = dataclasses.replace(moved, opacity_logits=logits)
+        if "sh" in change:
+            made_for, coefficients = change["sh"].shape[-1] // 3, splats.sh.shape[-2]
+            if made_for != coefficients:
+                raise ValueError(
+                    f"The SH head of this HexPlane is for splats with {made_for} coefficients, "
+                    f"these have {coefficients}: call init with splats of this degree."
+                )
+            coloured = splats.sh + change["sh"].reshape(splats.sh.shape)
+            moved = dataclasses.replace(moved, sh=coloured)
         return moved
 
     def regularization(self, params: PyTree) -> dict[str, Float[Array, ""]]:
         """Plane regularisers, each a mean over nodes and channels, summed over planes and scales.
 
         - `plane_tv`: squared second differences along both axes of the spatial planes, and along
-          the space axis of the space-time planes.
+          the space axis of the space-time planes; with `compat="4dgs"` along the second axis of
+          the spatial planes alone (y, z and z of xy, xz and yz).
         - `time_smoothness`: squared second differences along the time axis.
         - `time_l1`: |1 - feature| of the space-time planes; 1 is "no change over time".
         """
         plane_tv = time_smoothness = time_l1 = jnp.zeros(())
         for planes in params["planes"]:
-            for name, _, _ in _SPATIAL:
-                plane_tv += _roughness(planes[name], 0) + _roughness(planes[name], 1)
-            for name, _ in _TEMPORAL:
-                time_smoothness += _roughness(planes[name], 0)
+            for name in _SPATIAL:
                 plane_tv += _roughness(planes[name], 1)
+                if not self.compat:
+                    plane_tv += _roughness(planes[name], 0)
+            for name in _TEMPORAL:
+                time_smoothness += _roughness(planes[name], 0)
+                if not self.compat:
+                    plane_tv += _roughness(planes[name], 1)
                 time_l1 += jnp.mean(jnp.abs(1 - planes[name]))
         return {"plane_tv": plane_tv, "time_smoothness": time_smoothness, "time_l1": time_l1}
 
     def hold(self, params: PyTree, t: Timestamp) -> PyTree:
         """Copies the first node of the time planes at or after `t` to all later nodes."""
-        position = jnp.clip(jnp.asarray(t), 0, 1) * (self.time_resolution - 1)
+        position = jnp.clip(self._on_time_planes(t), 0, 1) * (self.time_resolution - 1)
         last = jnp.ceil(position - 1e-4).astype(int)  # a node, whatever the rounding of t
         later = (jnp.arange(self.time_resolution) > last)[:, None, None]
         held = [
             planes
-            | {name: jnp.where(later, planes[name][last], planes[name]) for name, _ in _TEMPORAL}
+            | {name: jnp.where(later, planes[name][last], planes[name]) for name in _TEMPORAL}
             for planes in params["planes"]
         ]
         return params | {"planes": tuple(held)}
@@ -164,75 +233,17 @@ class HexPlane:
         """The largest opacity at the nodes of the time planes; None without the opacity head."""
         if not self.opacity:
             return None
-        instants = jnp.linspace(0, 1, self.time_resolution)
-        logits = jax.lax.map(lambda t: self.apply(params, splats, t).opacity_logits, instants)
+        start = -1 if self.compat else 0
+        instants = np.unique(np.maximum(np.linspace(start, 1, self.time_resolution), 0))
+        logits = jax.lax.map(
+            lambda t: self.apply(params, splats, t).opacity_logits, jnp.asarray(instants)
+        )
         return jax.nn.sigmoid(logits.max(axis=0))
 
     def gather(self, params: PyTree, source: Int[Array, "n"]) -> PyTree:
         """The field has no parameters per splat."""
         del source
         return params
-
-
-def slice_at(plane: Float[Array, "s *r"], at: Timestamp) -> Float[Array, "*r"]:
-    """Linear interpolation of an array along its first axis at one scalar in [0, 1]."""
-    nodes = plane.shape[0]
-    weights = jnp.maximum(0, 1 - jnp.abs(jnp.clip(at, 0, 1) * (nodes - 1) - jnp.arange(nodes)))
-    return jnp.tensordot(weights, plane, axes=1)
-
-
-def lookup_line(line: Float[Array, "r c"], at: Float[Array, "n"]) -> Float[Array, "n c"]:
-    """Linear interpolation of a line of features at points in [0, 1]."""
-    cell, fraction = _cell(at, line.shape[0])
-    weights = jnp.stack([1 - fraction, fraction], axis=-1)
-    corners = line[jnp.stack([cell, cell + 1], axis=-1)]
-    return jnp.einsum("nk,nkc->nc", weights, corners)
-
-
-def lookup_plane(plane: Float[Array, "r s c"], at: Float[Array, "n 2"]) -> Float[Array, "n c"]:
-    """Bilinear interpolation of a plane of features at points in [0, 1]^2."""
-    rows, columns, channels = plane.shape
-    row, down = _cell(at[:, 0], rows)
-    column, right = _cell(at[:, 1], columns)
-    first = row * columns + column
-    index = jnp.stack([first, first + 1, first + columns, first + columns + 1], axis=-1)
-    weights = jnp.stack(
-        [(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right], axis=-1
-    )
-    corners = plane.reshape(rows * columns, channels)[index]
-    return jnp.einsum("nk,nkc->nc", weights, corners)
-
-
-@jax.custom_vjp
-def _product(factors: tuple[Float[Array, "n c"], ...]) -> Float[Array, "n c"]:
-    """The product of all factors; see `_product_backward` for why it has a rule of its own."""
-    return functools.reduce(jnp.multiply, factors)
-
-
-def _product_forward(factors: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-    return _product(factors), factors
-
-
-def _product_backward(factors: tuple[Array, ...], cotangent: Array) -> tuple[tuple[Array, ...]]:
-    """The product of all other factors, for each, by running products from both ends.
-
-    Left alone, XLA:CPU fuses these products into the scatters that follow and computes them once
-    per corner of a cell; the barrier keeps them apart.
-    """
-    before = list(itertools.accumulate(factors[:-1], jnp.multiply, initial=cotangent))
-    after = list(itertools.accumulate(factors[:0:-1], jnp.multiply))[::-1]
-    gradients = (*map(jnp.multiply, before, after), before[-1])
-    return (jax.lax.optimization_barrier(gradients),)
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-def _cell(at: Float[Array, "n"], nodes: int) -> tuple[Int[Array, "n"], Float[Array, "n"]]:
-    """The cell that holds each point of [0, 1], and how far into it the point lies."""
-    scaled = at * (nodes - 1)
-    cell = jnp.clip(jnp.floor(scaled), 0, nodes - 2)
-    return cell.astype(jnp.int32), scaled - cell
 
 
 def _roughness(plane: Float[Array, "r s c"], axis: int) -> Float[Array, ""]:
@@ -247,21 +258,40 @@ def _dense(key: jax.Array, inputs: int, outputs: int) -> dict[str, Float[Array, 
     return {"kernel": kernel, "bias": jnp.zeros(outputs)}
 
 
-def _apply_dense(
-    layer: dict[str, Float[Array, "..."]], inputs: Float[Array, "n i"]
-) -> Float[Array, "n o"]:
-    return inputs @ layer["kernel"] + layer["bias"]
+def _with_biases(
+    key: jax.Array, layer: dict[str, Float[Array, "..."]]
+) -> dict[str, Float[Array, "..."]]:
+    """The layer with biases uniform in +-1/sqrt(inputs), as PyTorch starts them."""
+    inputs, outputs = layer["kernel"].shape
+    limit = inputs**-0.5
+    return layer | {"bias": jax.random.uniform(key, (outputs,), minval=-limit, maxval=limit)}
 
 
-def _apply_heads(
-    heads: dict[str, dict[str, Float[Array, "..."]]], hidden: Float[Array, "n w"]
+def _decode(
+    trunk: tuple[dict[str, Float[Array, "..."]], ...],
+    heads: dict[str, dict[str, Any]],
+    features: Float[Array, "n f"],
 ) -> dict[str, Float[Array, "n _"]]:
-    """All heads in one matrix product: on CPUs the passes over `hidden` are what costs."""
+    """The outputs of all heads. One column per splat: on CPUs that suits the backward pass better.
+
+    Heads without hidden layers of their own share one matrix product: there, what costs is the
+    passes over `hidden`.
+    """
+    hidden = features.T
+    for layer in trunk:
+        hidden = jax.nn.relu(_apply_dense(layer, hidden))
     names = sorted(heads)
+    if all("hidden" in heads[name] for name in names):
+        own = {name: jax.nn.relu(_apply_dense(heads[name]["hidden"], hidden)) for name in names}
+        return {name: _apply_dense(heads[name], own[name]).T for name in names}
     layer = {
         leaf: jnp.concatenate([heads[name][leaf] for name in names], axis=-1)
         for leaf in ("kernel", "bias")
     }
     stops = list(itertools.accumulate(heads[name]["bias"].shape[0] for name in names))
-    outputs = jnp.split(_apply_dense(layer, hidden), stops[:-1], axis=-1)
-    return dict(zip(names, outputs, strict=True))
+    outputs = jnp.split(_apply_dense(layer, hidden), stops[:-1])
+    return {name: output.T for name, output in zip(names, outputs, strict=True)}
+
+
+def _apply_dense(layer: dict[str, Any], inputs: Float[Array, "i n"]) -> Float[Array, "o n"]:
+    return layer["kernel"].T @ inputs + layer["bias"][:, None]

@@ -1,9 +1,9 @@
 """Splats that come and go: an opacity of its own per splat and instant, around another field.
 
-Where a motion is too large or too fast to be found by following gradients, the object of one pose
-can fade out while splats fitted to the next pose fade in. Each splat has a curve of changes of its
-opacity logit, piecewise linear over `knots` instants. The price is cross-fading: between the two
-poses both can be half visible. `regularization` keeps the curves near their priors and smooth.
+What the motion uncovers, or shades, has no place in the static pose. Each splat has a curve of
+changes of its opacity logit, piecewise linear over `knots` instants. The price: where the motion is
+wrong, splats of one pose can fade into those of another, and both be half visible.
+`regularization` keeps the curves small and smooth.
 """
 
 import dataclasses
@@ -30,8 +30,7 @@ class Lifespan:
         base: the field that moves the splats, or its spec (`{"name": "hexplane", ...}`).
         knots: instants at which a curve is stored, equally spaced over [0, 1]; at least 2.
 
-    The parameters are `{"base": ..., "curves": (knots, n), "priors": (knots, n)}`. `curves` are
-    trained; `priors` are the curves the splats were born with, which no gradient reaches.
+    The parameters are `{"base": ..., "curves": (knots, n)}`.
     """
 
     base: Any = dataclasses.field(default_factory=lambda: {"name": "hexplane"})
@@ -51,7 +50,7 @@ class Lifespan:
     def init(self, key: jax.Array, splats: Splats) -> PyTree:
         """Curves that are 0 everywhere: every splat lives from t = 0 to t = 1."""
         curves = jnp.zeros((self.knots, splats.means.shape[0]))
-        return {"base": self.field.init(key, splats), "curves": curves, "priors": curves}
+        return {"base": self.field.init(key, splats), "curves": curves}
 
     def apply(self, params: PyTree, splats: Splats, t: Timestamp) -> Splats:
         """The splats moved by the base field, with the opacity logits of this instant."""
@@ -60,12 +59,9 @@ class Lifespan:
         return dataclasses.replace(moved, opacity_logits=moved.opacity_logits + change)
 
     def regularization(self, params: PyTree) -> dict[str, Float[Array, ""]]:
-        """The base field's terms, and `lifespan`: distance of the curves from their priors.
-
-        The squared distance, plus the squared slope of the distance, both as means.
-        """
-        distance = params["curves"] - jax.lax.stop_gradient(params["priors"])
-        lifespan = jnp.mean(distance**2) + jnp.mean(jnp.diff(distance, axis=0) ** 2)
+        """The base field's terms, and `lifespan`: mean square of the curves and of their slopes."""
+        curves = params["curves"]
+        lifespan = jnp.mean(curves**2) + jnp.mean(jnp.diff(curves, axis=0) ** 2)
         return self.field.regularization(params["base"]) | {"lifespan": lifespan}
 
     def hold(self, params: PyTree, t: Timestamp) -> PyTree:
@@ -83,53 +79,23 @@ class Lifespan:
         return {
             "base": self.field.gather(params["base"], source),
             "curves": params["curves"][:, source],
-            "priors": params["priors"][:, source],
         }
 
-    def with_window(
+    @property
+    def bodies(self) -> int:
+        """How many bodies the base field can hold; see `keyframes`."""
+        return getattr(self.base, "bodies", 1)
+
+    def with_body(
         self,
         params: PyTree,
+        splats: Splats,
         members: Bool[Array, "n"],
         start: float,
         stop: float,
         *,
-        fade_time: float = 0.13,
-        depth: float = 6.0,
+        key: jax.Array,
     ) -> PyTree:
-        """Gives some splats a life between two timestamps.
-
-        Inside [start, stop] their opacity logit is unchanged; outside it falls linearly, by `depth`
-        within `fade_time`, and stays there.
-
-        Args:
-            params: of this field.
-            members: the splats concerned.
-            start: timestamp in [0, 1].
-            stop: timestamp in [0, 1].
-            fade_time: fraction of the clip.
-            depth: logits.
-        """
-        curve = -depth * (1 - self._presence(start, stop, fade_time))
-        curves = jnp.where(members, curve[:, None], params["curves"])
-        return params | {"curves": curves, "priors": curves}
-
-    def without_window(
-        self,
-        params: PyTree,
-        members: Bool[Array, "n"],
-        start: float,
-        stop: float,
-        *,
-        fade_time: float = 0.13,
-        depth: float = 6.0,
-    ) -> PyTree:
-        """The opposite of `with_window`: the splats are gone between two timestamps."""
-        curve = -depth * self._presence(start, stop, fade_time)[:, None]
-        curves = jnp.where(members, jnp.minimum(params["curves"], curve), params["curves"])
-        return params | {"curves": curves, "priors": curves}
-
-    def _presence(self, start: float, stop: float, fade_time: float) -> Float[Array, "knots"]:
-        """1 within [start, stop], falling to 0 within `fade_time` on both sides."""
-        instants = jnp.linspace(0, 1, self.knots)
-        outside = jnp.maximum(jnp.maximum(start - instants, instants - stop), 0)
-        return 1 - jnp.minimum(outside / fade_time, 1)
+        """`Keyframes.with_body` of the base field; the members start with curves of 0."""
+        base = self.base.with_body(params["base"], splats, members, start, stop, key=key)
+        return {"base": base, "curves": jnp.where(members, 0.0, params["curves"])}

@@ -5,6 +5,8 @@ free. What keeps a body in one piece there is that neighbouring points turn and 
 rigid as possible (ARAP, Sorkine & Alexa 2007).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -68,12 +70,18 @@ def arap(
     rotations: Float[AnyArray, "t m 3 3"],
     neighbours: Int[AnyArray, "m k"],
     weights: Float[AnyArray, "m k"],
+    tolerance: float = math.inf,
 ) -> Float[Array, ""]:
     """As rigid as possible: how far the links of every point are from being only turned.
 
-    The mean over instants and points of sum_j w_ij |(p_j(t) - p_i(t)) - R_i(t) (p_j - p_i)|^2, over
-    the same mean of sum_j w_ij |p_j - p_i|^2. So it is relative: 0.01 is a tenth of the length of a
-    link, whatever the size of the object and the number of points. 0 for rigid motion of the whole.
+    The mean over instants and points of sum_j w_ij h(s_ij), where the stretch of a link is s_ij =
+    |(p_j(t) - p_i(t)) - R_i(t) (p_j - p_i)| over the root mean square length of all links. So it is
+    relative: 0.1 is a tenth of the length of a link, whatever the size of the object and the number
+    of points. 0 for rigid motion of the whole.
+
+    h(s) = s^2 up to about the `tolerance` c, and 2 c s beyond it (pseudo-Huber): where two limbs
+    touch at rest, the links between them must be allowed to tear, and a square would rather bend
+    both limbs.
 
     SC-GS (Huang et al. 2024), after Sorkine & Alexa, takes for R_i the rotation that fits the links
     best (an SVD per point and instant, without gradient), and ties the points' own rotations to it
@@ -85,13 +93,16 @@ def arap(
         moved: positions at t instants.
         rotations: of every point at these instants.
         neighbours, weights: of `neighbour_graph`.
+        tolerance: above 0, relative to the length of the links; infinite for plain squares.
     """
     links = rest[neighbours] - rest[:, None]
     now = moved[:, neighbours] - moved[:, :, None]
     residuals = now - jnp.einsum("tmij,mkj->tmki", rotations, links)
-    stretch = jnp.einsum("mk,tmki->t", weights, residuals**2)
-    length = jnp.einsum("mk,mki->", weights, links**2)
-    return jnp.mean(stretch) / (length + _TINY)
+    length = jnp.einsum("mk,mki->", weights, links**2) / len(rest)
+    stretch = jnp.sum(residuals**2, axis=-1) / (length + _TINY)
+    if tolerance < math.inf:
+        stretch = 2 * tolerance**2 * (jnp.sqrt(1 + stretch / tolerance**2) - 1)
+    return jnp.mean(jnp.einsum("mk,tmk->tm", weights, stretch))
 
 
 def acceleration(moved: Float[AnyArray, "t m 3"]) -> Float[Array, ""]:

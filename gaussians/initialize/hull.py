@@ -1,23 +1,22 @@
-"""First splats: from the silhouettes of an orbit, from a point cloud, or at random in a cube.
+"""The largest body that has the silhouettes of an orbit, covered with splats."""
 
-All of this runs once, on the host, in NumPy; the result is a `Splats` of fixed capacity whose rows
-beyond the created splats are inactive.
-"""
-
+import dataclasses
 import math
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 from scipy import ndimage
-from scipy.spatial import KDTree
 
 from d4d_jax.cameras import Camera
 from d4d_jax.registry import register
 from d4d_jax.typing import AnyArray
+from gaussians.captures import Capture
+from gaussians.initialize.points import nearest_distances, numpy_generator
 from gaussians.types import Splats
 
 _COARSE_RESOLUTION = 48
+_RESOLUTIONS = (24, 144)  # fewest and most voxels by default
 _MARGIN = 2  # voxels of empty space around the carved box
 _DEPTH = 1.5  # standard deviations of a splat below the surface
 
@@ -26,7 +25,6 @@ class EmptyHull(ValueError):
     """The silhouettes have no point in common."""
 
 
-@register("initializer", "visual_hull")
 def visual_hull(
     images: Float[AnyArray, "v h w 3"],
     alphas: Float[AnyArray, "v h w"] | None,
@@ -36,7 +34,7 @@ def visual_hull(
     key: PRNGKeyArray,
     capacity: int | None = None,
     sh_degree: int = 0,
-    resolution: int = 144,
+    resolution: int | None = None,
     tolerance: int = 0,
     half_extent: float | None = None,
     opacity: float = 0.8,
@@ -60,7 +58,8 @@ def visual_hull(
         key: places the splats inside their voxels.
         capacity: rows of the result, at least `num_splats` (the default).
         sh_degree: 0 to 3; coefficients above the constant one start at zero.
-        resolution: voxels along the longest side of the object.
+        resolution: voxels along the longest side of the object; by default one for each pixel of an
+            image's width, from 24 to 144.
         tolerance: how many silhouettes may miss a point of the body; above 0 for noisy masks.
         half_extent: half the side of the cube that is carved, in world units; by default the
             distance from the origin to the nearest border of what the cameras see around it.
@@ -78,7 +77,10 @@ def visual_hull(
         raise ValueError(
             f"The tolerance must be at least 0 and below the {len(camera)} views; got {tolerance}."
         )
-    rng = _numpy_generator(key)
+    if resolution is None:
+        least, most = _RESOLUTIONS
+        resolution = min(most, max(least, camera.width))
+    rng = numpy_generator(key)
     masks = alphas > 0.5
     if half_extent is None:
         half_extent = _visible_half_extent(camera)
@@ -106,83 +108,62 @@ def visual_hull(
     )
 
 
-@register("initializer", "random_cube")
-def random_cube(
-    num_splats: int,
-    *,
-    key: PRNGKeyArray,
-    capacity: int | None = None,
-    sh_degree: int = 0,
-    half_extent: float = 0.5,
-    opacity: float = 0.1,
-) -> Splats:
-    """Grey splats, uniform in the cube [-half_extent, half_extent]^3.
+@register("initializer", "visual_hull")
+@dataclasses.dataclass(frozen=True)
+class VisualHull:
+    """Splats on the hull of the frames at rest: an `Initializer` around `visual_hull`.
 
-    3DGS and 4DGaussians start synthetic scenes this way (2000 to 100 000 splats, half_extent 1.3).
-
-    Raises:
-        ValueError: fewer than 4 splats, or another number out of range.
+    Attributes:
+        tolerance: as in `visual_hull`. None is 0 for frames of one instant; otherwise it is a
+            quarter of the frames, since an object that moves leaves its silhouettes.
+        resolution: as in `visual_hull`, like the rest.
+        half_extent: None takes what the cameras see.
+        opacity: of every splat.
+        scale: of every splat.
     """
-    if num_splats < 4:
-        raise ValueError(f"The random cube needs at least 4 splats; got num_splats={num_splats}.")
-    rng = _numpy_generator(key)
-    points = rng.uniform(-half_extent, half_extent, (num_splats, 3)).astype(np.float32)
-    return point_cloud(points, capacity=capacity, sh_degree=sh_degree, opacity=opacity)
 
+    tolerance: int | None = None
+    resolution: int | None = None
+    half_extent: float | None = None
+    opacity: float = 0.8
+    scale: float = 0.6
 
-def point_cloud(
-    points: Float[AnyArray, "n 3"],
-    colours: Float[AnyArray, "n 3"] | None = None,
-    *,
-    capacity: int | None = None,
-    sh_degree: int = 0,
-    opacity: float = 0.1,
-    scale: float = 1.0,
-    scale_range: tuple[float, float] = (3e-4, math.inf),
-) -> Splats:
-    """Round splats at the given points, as wide as their neighbourhood is sparse.
+    def __call__(
+        self,
+        capture: Capture,
+        *,
+        num_splats: int,
+        capacity: int,
+        sh_degree: int,
+        key: PRNGKeyArray,
+    ) -> Splats:
+        """Carves the `still` frames of the capture.
 
-    Args:
-        points: at least 4, in world units.
-        colours: in [0, 1]; grey by default.
-        capacity: rows of the result; the rows beyond the points are inactive.
-        sh_degree: 0 to 3.
-        opacity: of every splat, in (0, 1).
-        scale: standard deviation over the mean distance to the 3 nearest neighbours.
-        scale_range: smallest and largest standard deviation, in world units.
-
-    Raises:
-        ValueError: too few points, or a number out of range.
-    """
-    points = np.asarray(points, np.float32)
-    if colours is None:
-        colours = np.full_like(points, 0.5)
-    spread = scale * nearest_distances(points, 3).mean(axis=1)
-    return Splats.from_points(
-        points,
-        colours,
-        scale=np.clip(spread, *scale_range),
-        opacity=opacity,
-        capacity=capacity,
-        sh_degree=sh_degree,
-    )
-
-
-def nearest_distances(points: Float[AnyArray, "n d"], k: int) -> Float[np.ndarray, "n k"]:
-    """Euclidean distances to the `k` nearest other points, nearest first, float32.
-
-    A second point at the same place counts as a neighbour at distance 0.
-
-    Raises:
-        ValueError: there are not more than `k` points, or a coordinate is not finite.
-    """
-    points = np.asarray(points)
-    if len(points) <= k:
-        raise ValueError(f"{len(points)} points do not have {k} neighbours each.")
-    if not np.isfinite(points).all():
-        raise ValueError("The points to measure have coordinates that are not finite.")
-    distances, _ = KDTree(points).query(points, k + 1)
-    return distances[:, 1:].astype(np.float32)
+        Raises:
+            EmptyHull: nothing survives the carving.
+            ValueError: there are no such frames, they have no alpha, or a number is out of range.
+        """
+        rest = capture.still
+        if rest is None:
+            raise ValueError("The visual hull needs frames of the object at rest.")
+        tolerance = self.tolerance
+        if tolerance is None:
+            instants = np.unique(np.asarray(rest.timestamps))
+            tolerance = 0 if len(instants) == 1 else len(rest) // 4
+        return visual_hull(
+            np.asarray(rest.rgb),
+            rest.alpha,
+            rest.camera,
+            num_splats=num_splats,
+            key=key,
+            capacity=capacity,
+            sh_degree=sh_degree,
+            resolution=self.resolution,
+            tolerance=tolerance,
+            half_extent=self.half_extent,
+            opacity=self.opacity,
+            scale=self.scale,
+        )
 
 
 def carve(
@@ -322,7 +303,3 @@ def _even_choice(rng: np.random.Generator, population: int, count: int) -> Int[n
     """`count` indices below `population`, each drawn floor or ceil of count / population times."""
     rounds = -(-count // population)
     return np.concatenate([rng.permutation(population) for _ in range(rounds)])[:count]
-
-
-def _numpy_generator(key: PRNGKeyArray) -> np.random.Generator:
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
