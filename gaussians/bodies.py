@@ -58,7 +58,6 @@ def add_bodies(
     """
     splats, field, params = asset.splats, asset.deformation, asset.params
     overlap = coverage_of(asset, capture)
-    _LOGGER.info("overlap %s", overlap.round(2).tolist())
     for number in range(count):
         turn = find_turn(overlap, capture)
         if turn is None:
@@ -101,8 +100,8 @@ def find_turn(
     overlap: Float[np.ndarray, "t"],
     capture: Capture,
     *,
-    lost: float = 0.75,
-    found: float = 0.9,
+    lost: float = 0.6,
+    found: float = 0.75,
     min_agreement: float = 0.985,
     min_views: int = 4,
 ) -> Turn | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import subprocess
 import sys
 
@@ -61,6 +62,50 @@ def test_frame_times_spread_evenly_from_the_first_to_the_last():
 
 def test_one_frame_is_the_first():
     assert blender.resample_frames(3.0, 9.0, 1) == [(3, 0.0)]
+
+
+POSE = np.eye(4).tolist()
+
+
+def write_transforms(path, **changes):
+    frame = {"file_path": "./test/r_0", "time": 0.5, "transform_matrix": POSE} | changes
+    path.write_text(json.dumps({"camera_angle_x": 0.7, "frames": [frame]}))
+    return path
+
+
+def test_further_views_are_read_as_written(tmp_path):
+    angle, frames = blender.read_transforms(write_transforms(tmp_path / "transforms_test.json"))
+    assert angle == 0.7 and frames == [("./test/r_0", 0.5, POSE)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"time": 1.5}, {"file_path": "../r_0"}, {"file_path": "/r_0"}, {"transform_matrix": [[1.0]]}],
+)
+def test_further_views_out_of_range_are_named(tmp_path, asset, changes):
+    path = write_transforms(tmp_path / "views.json", **changes)
+    result = run_script("--asset", asset, "--out", tmp_path / "out", "--transforms", path)
+    assert_one_sentence(result, 1, f"of {path} needs a path within the folder, a time in [0, 1]")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_list_of_views_that_is_none_is_named(tmp_path, asset):
+    path = tmp_path / "views.json"
+    path.write_text("[]")
+    result = run_script("--asset", asset, "--out", tmp_path / "out", "--transforms", path)
+    assert_one_sentence(result, 1, f"{path} is no list of views")
+    missing = tmp_path / "missing.json"
+    result = run_script("--asset", asset, "--out", tmp_path / "out", "--transforms", missing)
+    assert_one_sentence(result, 1, f"--transforms={missing} cannot be read")
+
+
+def test_the_held_out_cameras_of_the_benchmark_can_be_rendered():
+    path = pathlib.Path(__file__).parents[1] / "benchmarks/held_out/transforms_test.json"
+    angle, frames = blender.read_transforms(path)
+    assert angle == pytest.approx(blender.FOV) and len({name for name, _, _ in frames}) == 64
+    for _, time, pose in frames:
+        assert np.linalg.norm(np.array(pose)[:3, 3]) == pytest.approx(blender.DISTANCE, abs=1e-6)
+        assert (8 * time - 0.5) % 1 == 0
 
 
 def test_actions_go_by_full_name_or_unique_last_part():

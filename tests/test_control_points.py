@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,22 @@ def test_arap_of_known_deformations():
     assert float(value) == pytest.approx(0.2**2 / 2, rel=1e-4)
     scaled = rigidity.arap(10 * rest, 10 * grown, still, neighbours, weights)
     assert float(scaled) == pytest.approx(float(value), rel=1e-4)
+
+
+def test_arap_grows_linearly_where_links_tear():
+    """Pseudo-Huber: s^2 for small stretches s, 2 c s for large ones."""
+    rest = np.array([[0, 0, 0], [1, 0, 0]], np.float32)
+    graph = rigidity.neighbour_graph(rest, 1)
+    still = np.broadcast_to(np.eye(3, dtype=np.float32), (1, 2, 3, 3))
+
+    def cost(stretch, tolerance):
+        moved = rest[None] + np.array([[0, 0, 0], [stretch, 0, 0]], np.float32)
+        return float(rigidity.arap(rest, moved, still, *graph, tolerance))
+
+    assert cost(0.01, 0.1) == pytest.approx(1e-4, rel=0.01)
+    assert cost(100.0, 0.1) == pytest.approx(20.0, rel=0.01)
+    assert cost(0.5, math.inf) == pytest.approx(0.25)
+    assert cost(0.0, 0.1) == 0
 
 
 def test_at_its_best_rotations_arap_is_that_of_sc_gs():

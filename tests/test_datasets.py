@@ -303,3 +303,23 @@ def test_normalise_false_keeps_the_world_of_the_files(rig):
     np.testing.assert_allclose(found, poses, atol=1e-4)
     assert_seen(capture.moving, capture, np.repeat(TIMES, 3))
     assert np.linalg.norm(poses[0, :3, 3]) > 2 * SCALE  # a world of its own
+
+
+def test_a_clip_may_hold_out_views_of_further_cameras(tmp_path):
+    write_clip(synthetic.make_clip(1, num_frames=3, size=24), tmp_path)
+    camera, times = ring(3, height=-0.4), np.array([0.1, 0.5, 0.85])
+    as_it_is = {"turn": np.eye(3), "scale": 1.0, "shift": np.zeros(3)}
+    write_transforms(tmp_path, {"test": (camera, times)}, **as_it_is)
+    capture = datasets.read_capture(tmp_path)
+    assert list(capture.sets) == ["dynamic", "static", "front", "test"]
+    views = capture.held_out["test"]
+    np.testing.assert_allclose(views.timestamps, times, rtol=1e-6)
+    np.testing.assert_allclose(
+        views.camera.world_to_camera, camera.world_to_camera, rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(views.camera.intrinsics, camera.intrinsics, rtol=1e-5)
+    np.testing.assert_allclose(views.alpha, rgba(camera, times)[..., 3], atol=0.003)
+
+    edit_json(tmp_path / "transforms_test.json", lambda d: d["frames"][1].update(time=1.5))
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], the clip's; got 1.5"):
+        datasets.read_capture(tmp_path)

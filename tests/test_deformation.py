@@ -31,6 +31,8 @@ def splats():
         NODES | {"motion": "mlp"},
         LIFESPAN,
         LIFESPAN | {"base": NODES},
+        {"name": "keyframes", "base": NODES},
+        LIFESPAN | {"base": {"name": "keyframes", "base": BASE}},
     ],
     ids=lambda s: s["name"],
 )
@@ -47,39 +49,28 @@ def test_every_field_keeps_the_protocol(spec, splats):
     assert hash(field) == hash(build(spec)) and field == build(spec)
 
 
-def test_a_window_hides_its_splats_outside_of_it(splats):
-    field = build(LIFESPAN)
-    members = jnp.arange(6) < 2
+def test_a_curve_hides_and_shows_its_splat(splats):
+    field = build(LIFESPAN | {"knots": 3})
     params = field.init(jax.random.key(0), splats)
-    params = field.with_window(params, members, 0.4, 0.6, fade_time=0.2, depth=6.0)
-
-    def change(t):
-        return np.asarray(field.apply(params, splats, t).opacity_logits - splats.opacity_logits)
-
-    for t, expected in ((0.5, 0), (0.4, 0), (0.3, -3), (0.2, -6), (0.0, -6), (0.7, -3), (1.0, -6)):
-        np.testing.assert_allclose(change(t)[:2], expected, atol=1e-5)
-        np.testing.assert_allclose(change(t)[2:], 0, atol=1e-6)
-    params = field.without_window(params, jnp.arange(6) == 3, 0.4, 0.6, fade_time=0.2, depth=6.0)
-    for t, expected in ((0.5, -6), (0.3, -3), (0.2, 0), (1.0, 0)):
-        np.testing.assert_allclose(change(t)[3], expected, atol=1e-5)
-    assert float(field.regularization(params)["lifespan"]) == 0  # a window is a prior, not a cost
+    params = params | {"curves": params["curves"].at[:, 1].set(jnp.array([-6.0, 0.0, 2.0]))}
+    for t, expected in ((0, -6), (0.25, -3), (0.5, 0), (1, 2)):
+        change = field.apply(params, splats, t).opacity_logits - splats.opacity_logits
+        np.testing.assert_allclose(change, expected * (np.arange(6) == 1), atol=1e-5)
 
 
-def test_a_curve_away_from_its_prior_costs_and_is_pulled_back(splats):
+def test_a_curve_costs_and_is_pulled_back(splats):
     field = build(LIFESPAN)
     params = field.init(jax.random.key(0), splats)
     shifted = params | {"curves": params["curves"] + 1.0}
     penalty = lambda p: field.regularization(p)["lifespan"]  # noqa: E731
     assert float(penalty(shifted)) == pytest.approx(1.0)
-    gradient = jax.grad(penalty)(shifted)
-    assert np.all(np.asarray(gradient["curves"]) > 0)
-    assert not np.any(np.asarray(gradient["priors"]))
+    assert np.all(np.asarray(jax.grad(penalty)(shifted)["curves"]) > 0)
 
 
 def test_descendants_inherit_the_curve_of_their_parent(splats):
     field = build(LIFESPAN)
     params = field.init(jax.random.key(0), splats)
-    params = field.with_window(params, jnp.arange(6) == 4, 0.0, 0.2)
+    params = params | {"curves": params["curves"].at[3:, 4].set(-6.0)}
     source = jnp.array([4, 1, 2, 3, 4, 5])
     curves = np.asarray(field.gather(params, source)["curves"])
     np.testing.assert_array_equal(curves[:, 0], curves[:, 4])

@@ -137,7 +137,6 @@ def test_the_programs_are_those_of_a_run(static, monkeypatch):
         clip = dataclasses.replace(clip, static=None, static_alpha=None)
     config = ReconstructConfig(
         num_splats=20,
-        window_splats=0,
         capacity=20,
         sh_degree=1,
         sh_interval=9,

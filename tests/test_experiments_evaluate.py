@@ -29,7 +29,7 @@ def evaluated(tmp_path_factory):
     clip = synthetic.make_clip(0, num_frames=4, size=24)
     clips.write_clip(clip, folder / "clip")
     config = ReconstructConfig(
-        num_splats=100, window_splats=0, capacity=100, deformation=FIELD,
+        num_splats=100, capacity=100, deformation=FIELD,
         warmup=Stage(20, static_fraction=1.0), coarse=Stage(0), fine=Stage(2),
     )  # fmt: skip
     asset = reconstruct(clip, config, jax.random.key(0))

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import capture_files
 import jax
 import numpy as np
 import plyfile
 import pytest
+from binaries import ROOT, run_binary
 from PIL import Image
 
 from d4d_jax import clips
@@ -27,11 +27,11 @@ from experiments.curves import read_curve
 from gaussians import io
 from gaussians.captures import of_clip
 from gaussians.deformation import build
+from gaussians.deformation.hexplane import HexPlane
 from gaussians.evaluation import Rendered, render_views, score
 from gaussians.rasterize import chosen
 from gaussians.reconstruct import ReconstructConfig
 
-ROOT = Path(__file__).parent.parent
 SMOKE = "--config=experiments/configs/reconstruct.py:smoke"
 
 
@@ -40,7 +40,7 @@ OPTIONS = {"cwd": ROOT, "env": os.environ | {"JAX_PLATFORMS": "cpu"}, "text": Tr
 
 
 def run(*arguments):
-    return subprocess.run([*COMMAND, *arguments], **OPTIONS, capture_output=True, check=False)
+    return run_binary("reconstruct", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +168,19 @@ def test_the_default_configuration_is_the_library_s():
         configs.get_config("quick")
     with pytest.raises(ValueError, match=r"one preset, not \['smoke', 'fast'\]"):
         configs.get_config("smoke,mcmc,fast")
-    plain = binary.to_config(configs.get_config("smoke,hexplane"))
-    assert plain.deformation["name"] == "hexplane" and plain.window_splats == 0
+    hexplane = binary.to_config(configs.get_config("hexplane,smoke")).deformation
+    assert build(hexplane).base.base == HexPlane()
+    plain = binary.to_config(configs.get_config("plain,hexplane")).deformation
+    assert build(plain) == HexPlane()
     assert binary.to_config(configs.get_config("identity")).deformation == {"name": "identity"}
     assert configs.get_config("mcmc,fast") == configs.get_config("fast,mcmc")
-    assert configs.get_config("nodes,smoke").deformation.base.num_nodes == 16
-    with pytest.raises(ValueError, match=r"one deformation field, not \['nodes', 'identity'\]"):
-        configs.get_config("nodes,identity")
+    assert configs.get_config("smoke").deformation.base.base.num_nodes == 16
+    with pytest.raises(ValueError, match=r"one deformation field, not \['hexplane', 'identity'\]"):
+        configs.get_config("hexplane,identity")
+    steps = [binary.to_config(configs.get_config(w)) for w in ("no_coarse", "no_fine", "default")]
+    assert len({c.coarse.steps + c.fine.steps for c in steps}) == 1
+    assert steps[0].coarse.steps == 0 and steps[1].fine.steps == 0
+    assert binary.to_config(configs.get_config("dynamic_fine")).fine.static_fraction == 0
     misspelt = configs.get_config()
     misspelt.fine.step = 3
     with pytest.raises(ValueError, match="'step' is no field of Stage; it has steps"):

@@ -152,7 +152,7 @@ def test_following_changes_nothing(viewer):
     clip = synthetic.make_clip(0, num_frames=4, size=16)
     stages = {name: Stage(steps=3) for name in ("warmup", "coarse", "fine")}
     config = ReconstructConfig(
-        num_splats=60, window_splats=0, capacity=80, deformation={"name": "identity"}, **stages
+        num_splats=60, capacity=80, deformation={"name": "identity"}, **stages
     )
     held = []
 

@@ -12,7 +12,6 @@ from gaussians import preparation
 from gaussians.asset import pair_capacity
 from gaussians.captures import of_clip
 from gaussians.deformation import build
-from gaussians.deformation.lifespan import Lifespan
 from gaussians.densify import AdaptiveDensity, MCMCDensity
 from gaussians.losses import LossWeights
 from gaussians.optimization import LearningRates, StepSettings, create_state, refine, step
@@ -35,9 +34,7 @@ FIELD = {
 }
 CONFIG = ReconstructConfig(
     num_splats=200,
-    window_splats=60,
     capacity=300,
-    num_windows=2,
     deformation=FIELD,
     warmup=Stage(30, static_fraction=1.0),
     coarse=Stage(80, static_fraction=0.25, curriculum=0.5, end_rate=0.5),
@@ -208,39 +205,6 @@ def test_static_time_is_found_by_comparison(clip):
     assert preparation.find_static_time(dataclasses.replace(clip, static=None)) == 0
 
 
-def test_windows_far_from_the_static_pose_get_splats_of_their_own(clip):
-    windows = preparation.pose_windows(clip, 2)
-    assert [w[:2] for w in windows] == [(0, 3), (4, 7)]
-    shifted = np.roll(clip.dynamic_alpha[4:], 12, axis=2)
-    moved = dataclasses.replace(
-        clip,
-        dynamic=np.concatenate([clip.static[:4], np.roll(clip.dynamic[4:], 12, axis=2)]),
-        dynamic_alpha=np.concatenate([clip.static_alpha[:4], shifted]),
-    )
-    windows = preparation.pose_windows(moved, 2)
-    assert windows[0][2] == 0 and windows[1][2] > 0.5
-    splats = preparation.first_splats(of_clip(clip, 0.0), 50, 80, 0, jax.random.key(0))
-    field = Lifespan(FIELD["base"], knots=5)
-    params = field.init(jax.random.key(1), splats)
-    grown, params = preparation.add_window_splats(
-        clip, splats, field, params, budget=20, num_windows=2, key=jax.random.key(2),
-        min_mismatch=0.0, min_coverage=0.0,
-    )  # fmt: skip
-    new = np.asarray(grown.active & ~splats.active)
-    assert 15 <= new.sum() <= 20
-    curves = np.asarray(params["curves"])
-    none, _ = preparation.add_window_splats(
-        clip, splats, field, params, budget=20, num_windows=2, key=jax.random.key(2),
-        min_mismatch=0.0, min_coverage=1.01,
-    )  # fmt: skip
-    assert np.array_equal(none.active, splats.active)
-    hidden = curves.min(axis=0) < -5
-    assert hidden[new].all() and not curves[:, ~np.asarray(grown.active)].any()
-    # The figure has risen: what it left behind is its feet.
-    old, height = np.asarray(splats.active), np.asarray(splats.means[:, 2])
-    assert height[old & hidden].mean() < height[old & ~hidden].mean() - 0.1
-
-
 def test_views_are_drawn_as_the_stage_says():
     stage = Stage(400, static_fraction=0.25, curriculum=0.5)
     order, opened = view_order(jax.random.key(0), stage, np.arange(12), num_still=12)
@@ -273,8 +237,8 @@ def test_views_hold_dynamic_then_static_frames_at_the_static_time(clip):
 
 
 def test_bad_settings_are_explained():
-    with pytest.raises(ValueError, match="capacity of 100 cannot hold num_splats=90"):
-        ReconstructConfig(num_splats=90, window_splats=20, capacity=100)
+    with pytest.raises(ValueError, match="capacity of 100 cannot hold num_splats=110"):
+        ReconstructConfig(num_splats=110, capacity=100)
     with pytest.raises(ValueError, match=r"static_fraction must lie in \[0, 1\]; got 1.5"):
         Stage(10, static_fraction=1.5)
     with pytest.raises(ValueError, match="cannot be negative"):
@@ -296,6 +260,7 @@ def test_opacities_are_reset_when_the_density_says_so(clip):
         ({"implementation": "fastest"}, "There is no rasterizer 'fastest'"),
         ({"deformation": {"name": "jelly"}}, "Unknown deformation 'jelly'"),
         ({"num_splats": 0}, "num_splats=0 must be at least 1"),
+        ({"body_splats": 3}, "body_splats=3 at least 4"),
     ],
 )
 def test_settings_are_checked_before_anything_runs(changes, sentence):

@@ -26,8 +26,6 @@ BASE = {
 }
 CONFIG = ReconstructConfig(
     num_splats=60,
-    window_splats=20,
-    num_windows=2,
     capacity=100,
     sh_degree=1,
     sh_interval=3,

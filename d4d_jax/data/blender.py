@@ -10,8 +10,9 @@ It writes the published folder layout: `multi_frame{i}.png` (orbit and motion),
 `multi_static_frame{i}.png` (the same orbit, the pose frozen at the first frame of the action),
 `front_frame{i}.png` (view 0, motion), 8-bit straight-alpha RGBA on a transparent film, and the
 cameras `multi{i}.json`, `static{i}.json`, `front.json`. With `--transforms FILE`, further views at
-times of their own, listed as in the D-NeRF datasets (`camera_angle_x`; `file_path`, `time` in [0, 1]
-and `transform_matrix` of every frame), are rendered into the same folder beside a copy of the list.
+times of their own, listed as in the D-NeRF datasets (`camera_angle_x`; `file_path`, `time` in
+[0, 1] and `transform_matrix` of every frame), are rendered into the same folder beside a copy of
+the list.
 
 Camera, lights and sampling follow the renderer of Diffusion4D (Liang et al., 2024; the
 `rendering/` folder of its repository), except that the light energies are fixed instead of drawn

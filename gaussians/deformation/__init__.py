@@ -25,7 +25,10 @@ class Deformation(Protocol):
     """A field that carries canonical splats to a timestamp."""
 
     def init(self, key: jax.Array, splats: Splats) -> PyTree:
-        """Parameters under which the field is the identity at every timestamp."""
+        """Parameters under which the field is the identity at every timestamp.
+
+        `HexPlane(compat="4dgs")` is the exception.
+        """
         ...
 
     def apply(self, params: PyTree, splats: Splats, t: Timestamp) -> Splats:

@@ -141,7 +141,9 @@ class Keyframes:
         own = dataclasses.replace(splats, active=jnp.asarray(splats.active) & members)
         fresh = self.field.init(key, own)
         return {
-            "base": jax.tree.map(lambda every, one: jnp.asarray(every).at[number].set(one), params["base"], fresh),
+            "base": jax.tree.map(
+                lambda every, one: jnp.asarray(every).at[number].set(one), params["base"], fresh
+            ),
             "body": jnp.where(members, float(number), params["body"]),
             "starts": jnp.array(starts, jnp.float32),
             "turns": jnp.array(whose, jnp.float32),
