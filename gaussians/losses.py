@@ -38,9 +38,9 @@ class LossWeights:
     plane_tv: float = 1e-4
     time_smoothness: float = 1e-2
     time_l1: float = 1e-4
-    lifespan: float = 1e-3
-    arap: float = 1.0
-    acceleration: float = 10.0
+    lifespan: float = 1e-4
+    arap: float = 3.0
+    acceleration: float = 15.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -51,7 +51,7 @@ class LearningRates:
     planes: float = 3e-3
     network: float = 1e-3
     curves: float = 0.1
-    nodes: float = 8e-3
+    nodes: float = 1.5e-3
 
 
 @dataclasses.dataclass(frozen=True)

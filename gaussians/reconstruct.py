@@ -52,7 +52,13 @@ _LOGGER = logging.getLogger(__name__)
 
 
 _WARMUP = Stage(steps=300, static_fraction=1.0, low_steps=200)
-_COARSE = Stage(steps=600, static_fraction=0.25, low_steps=600, end_rate=0.5)
+_COARSE = Stage(
+    steps=600,
+    static_fraction=0.25,
+    low_steps=600,
+    end_rate=0.5,
+    rates=LearningRates(nodes=8e-3),  # far, then fine
+)
 _FINE = Stage(steps=2000, static_fraction=0.2, low_steps=400, end_rate=0.05)
 
 

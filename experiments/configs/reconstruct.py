@@ -105,9 +105,9 @@ def _default() -> ml_collections.ConfigDict:
         plane_tv=1e-4,
         time_smoothness=1e-2,
         time_l1=1e-4,
-        lifespan=1e-3,
-        arap=1.0,
-        acceleration=10.0,
+        lifespan=1e-4,
+        arap=3.0,
+        acceleration=15.0,
     )
     config.rates = dict(
         means=5e-4,
@@ -118,8 +118,11 @@ def _default() -> ml_collections.ConfigDict:
         planes=3e-3,
         network=1e-3,
         curves=0.1,
-        nodes=8e-3,
+        nodes=1.5e-3,
     )
+    # The coarse stage follows the rates above, but for the nodes: far, then fine.
+    following = {name: config.rates.get_ref(name) for name in config.rates}
+    config.coarse.rates = ml_collections.ConfigDict(following | {"nodes": 8e-3})
     return config
 
 
