@@ -8,6 +8,7 @@ on one shape.
 
 import dataclasses
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,17 +51,25 @@ def add_bodies(
         asset: after the coarse stage. Its field has `bodies` and `with_body`.
         capture: what it was fitted to.
         count: most bodies to add.
-        num_splats: of each.
+        num_splats: of each; fewer where fewer slots are free, none below a quarter of it.
         key: places the splats.
 
     Returns:
         The splats and the parameters of the field.
     """
-    splats, field, params = asset.splats, asset.deformation, asset.params
+    splats, params = asset.splats, asset.params
+    field: Any = asset.deformation  # a Deformation that can hold bodies
     overlap = coverage_of(asset, capture)
     for number in range(count):
         turn = find_turn(overlap, capture)
         if turn is None:
+            break
+        free = int(np.sum(~np.asarray(splats.active)))
+        if free < num_splats // 4:
+            _LOGGER.warning(
+                "Tracking lost the object from t = %.3f on, but only %d slots are free for a body of"
+                " %d splats: raise the capacity.", turn.start, free, num_splats,
+            )  # fmt: skip
             break
         born_key, field_key = jax.random.split(jax.random.fold_in(key, number))
         born = _carve(  # One silhouette may miss a point: the object does move a little.
@@ -192,9 +201,10 @@ def _agreement(capture: Capture, first: int, last: int, cells: int = 16) -> floa
     if hull is None:
         return 0.0
     points, size = np.asarray(hull.means), np.array([views.camera.width, views.camera.height])
-    rows, columns = ((np.arange(cells) + 0.5) / cells * n for n in views.alpha.shape[1:])
+    masks = np.asarray(views.alpha) > 0.5
+    rows, columns = ((np.arange(cells) + 0.5) / cells * n for n in masks.shape[1:])
     covered = []
-    for i, mask in enumerate(np.asarray(views.alpha) > 0.5):
+    for i, mask in enumerate(masks):
         pose, intrinsics = views.camera[i].world_to_camera, views.camera[i].intrinsics
         pixels = (points @ pose[:3, :3].T + pose[:3, 3]) @ np.asarray(intrinsics).T
         cell = np.clip(pixels[:, :2] / pixels[:, 2:] / size * cells, 0, cells - 1).astype(int)

@@ -94,3 +94,10 @@ def test_bodies_fill_the_slots_there_are(jump):
     asset = at_rest(jump, capacity=350)
     splats, _ = bodies.add_bodies(asset, jump, count=1, num_splats=200, key=jax.random.key(2))
     assert bool(splats.active.all())
+
+
+def test_no_body_without_slots_for_it(jump, caplog):
+    asset = at_rest(jump, capacity=349)
+    splats, params = bodies.add_bodies(asset, jump, count=1, num_splats=200, key=jax.random.key(2))
+    assert int(splats.active.sum()) == 300 and "only 49 slots are free" in caplog.text
+    assert asset.deformation.base.turns_of(params["base"]) == [(0.0, 0)]
