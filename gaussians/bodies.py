@@ -67,9 +67,12 @@ def add_bodies(
         free = int(np.sum(~np.asarray(splats.active)))
         if free < num_splats // 4:
             _LOGGER.warning(
-                "Tracking lost the object from t = %.3f on, but only %d slots are free for a body of"
-                " %d splats: raise the capacity.", turn.start, free, num_splats,
-            )  # fmt: skip
+                "Tracking lost the object from t = %.3f on, but only %d slots are free for the %d"
+                " splats of a body: raise the capacity.",
+                turn.start,
+                free,
+                num_splats,
+            )
             break
         born_key, field_key = jax.random.split(jax.random.fold_in(key, number))
         born = _carve(  # One silhouette may miss a point: the object does move a little.
