@@ -1,13 +1,41 @@
-"""How long a reconstruction still takes."""
+"""What a callback is told of a reconstruction, and how long it still takes."""
 
 import collections
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from gaussians.asset import Asset
 from gaussians.stages import Stage
 
 _WINDOW = 50  # steps of one kind that are looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a callback is told after every step.
+
+    Attributes:
+        stage: its name.
+        step: within the whole run, from 1.
+        total: steps of the whole run.
+        loss: of this step.
+        psnr: of this step's view, in dB.
+        splats: active ones.
+        eta: estimated seconds until the last step.
+        asset: makes the asset as it is after this step. To be called within the callback: the next
+            step takes the arrays for itself.
+    """
+
+    stage: str
+    step: int
+    total: int
+    loss: float
+    psnr: float
+    splats: int
+    eta: float
+    asset: Callable[[], Asset]
 
 
 class Clock:
