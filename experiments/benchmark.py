@@ -34,7 +34,7 @@ _N, _SIZES = (1_000, 10_000, 50_000), (256,)
 _FULL_N, _FULL_SIZES = (*_N, 200_000), (256, 512, 1024)
 
 _CLIP = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips" / "knight"
-_WORDS, _FULL_WORDS = ("",), ("", "nodes", "mcmc", "fast")
+_WORDS, _FULL_WORDS = ("",), ("", "hexplane", "mcmc", "fast")
 
 
 class Suite(NamedTuple):

@@ -278,7 +278,8 @@ def test_the_rows_of_the_binary_are_complete(finished):
     assert row["device_peak_mb"] is None  # JAX does not count the host's memory
     assert [list(program["steps"]) for program in row["programs"]] == [
         ["warmup"],
-        ["coarse", "fine"],
+        ["coarse"],
+        ["fine"],
     ]
     for program in row["programs"]:
         moving = "warmup" not in program["steps"]

@@ -316,7 +316,7 @@ cli.run(main)
     [
         (["--preset=fast"], "4500 1000 lifespan None"),
         (["--config.fine.steps=7", "--preset", "fast"], "4500 7 lifespan None"),
-        ([f"{SMOKE[:-6]}:hexplane", "--preset=quality"], "24000 6000 hexplane None"),
+        ([f"{SMOKE[:-6]}:plain,hexplane", "--preset=quality"], "24000 6000 hexplane None"),
         (
             ["--config.initializer={'name': 'random_cube', 'half_extent': 0.3}"],
             "12000 2000 lifespan {'half_extent': 0.3, 'name': 'random_cube'}",
