@@ -106,7 +106,9 @@ def start_viewer(source: OrbitClip | Capture) -> LiveViewer:
     """
     camera = source.camera if isinstance(source, OrbitClip) else source.moving.camera
     options = flags.FLAGS
-    return LiveViewer(host=options.viewer_host, port=options.viewer_port, camera=camera[0])
+    viewer = LiveViewer(host=options.viewer_host, port=options.viewer_port, camera=camera[0])
+    logging.info("The live viewer is at http://%s:%d.", options.viewer_host, viewer.port)
+    return viewer
 
 
 def read_source(
