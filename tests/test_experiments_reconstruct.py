@@ -1,6 +1,7 @@
 """The binary, run as people run it."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -337,16 +338,22 @@ def test_the_viewer_runs_along_and_stays_if_told(clip_folder, tmp_path):
     arguments = [f"--clip={clip_folder}", f"--workdir={tmp_path}", SMOKE]
     viewer = ["--viewer_port=18770", "--viewer_hold"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([*COMMAND, *arguments, *viewer], **OPTIONS, **pipes)
+    heeded = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # jobs of `&` ignore it
+    process = subprocess.Popen(
+        [*COMMAND, *arguments, *viewer], **OPTIONS, **pipes, preexec_fn=heeded
+    )
     lines = []
     for line in process.stderr:
         lines.append(line)
         if "stays until Ctrl-C" in line:
             break
     assert process.poll() is None, lines
-    with urllib.request.urlopen("http://127.0.0.1:18770", timeout=10) as page:
+    address = re.search(r"viewer is at (http://127.0.0.1:\d+)\.", "".join(lines))[1]
+    with urllib.request.urlopen(address, timeout=10) as page:
         assert page.status == 200
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0 and "Traceback" not in "".join(lines) + errors, errors
-    assert "is at http://127.0.0.1:18770." in "".join(lines) and (tmp_path / "report.json").exists()
+    assert (tmp_path / "report.json").exists()
