@@ -24,7 +24,6 @@ import numpy as np
 from absl import flags, logging
 
 from d4d_jax import media, metrics
-from d4d_jax.clips import read_clip
 from experiments import cli
 from experiments.configs import reconstruct as configs
 from experiments.reconstruct import to_config
@@ -48,7 +47,8 @@ def main() -> None:
     for path in options.clips:
         if datasets.find_layout(path) != "clip":
             raise ValueError(f"{path} is no clip folder (multi_frame0.png, ...).")
-        read_clip(path, size=(8, 8))  # A mistake is told before hours of work, not after.
+        # A mistake is told before hours of work, not after.
+        held_out_of(datasets.read_capture(path, size=(8, 8)).sets)
     workdir = Path(options.workdir)
     cli.log_devices()
     for seed in range(options.seeds):
@@ -132,7 +132,8 @@ def table(reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     lines = [f"| words | {columns} |", "|---" + "|--:" * 8 + "|"]
     for words, runs in reports.items():
         sets = [run[held_out_of(run)] for run in runs]
-        mean = {key: float(np.mean([s[key] for s in sets])) for key in sets[0] if key in sets[-1]}
+        common = set.intersection(*map(set, sets))
+        mean = {key: float(np.mean([s[key] for s in sets])) for key in common}
         dynamic = np.mean([run["dynamic"]["psnr"] for run in runs])
         by_seed = [
             np.mean([s["psnr"] for s, run in zip(sets, runs, strict=True) if run["seed"] == seed])

@@ -65,7 +65,7 @@ def add_bodies(
         if turn is None:
             break
         free = int(np.sum(~np.asarray(splats.active)))
-        if free < num_splats // 4:
+        if free < max(4, num_splats // 4):
             _LOGGER.warning(
                 "Tracking lost the object from t = %.3f on, but only %d slots are free for the %d"
                 " splats of a body: raise the capacity.",
@@ -79,7 +79,7 @@ def add_bodies(
             capture,
             turn.first,
             turn.last,
-            num_splats=num_splats,
+            num_splats=min(num_splats, free),
             tolerance=1,
             sh_degree=splats.sh_degree,
             key=born_key,

@@ -1,5 +1,6 @@
 """The binary that compares configurations, run as people run it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -72,6 +73,16 @@ def test_mistakes_end_in_one_sentence_before_any_run(compared, tmp_path, extra, 
     result = run_binary("ablate", *arguments[:2], *extra, f"--workdir={tmp_path / 'out'}")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert words in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_clip_without_held_out_views_is_refused_before_any_run(tmp_path):
+    clip = synthetic.make_clip(2, num_frames=4, size=24)
+    clips.write_clip(dataclasses.replace(clip, front=None, front_alpha=None), tmp_path / "blind")
+    result = run_binary(
+        "ablate", f"--clips={tmp_path / 'blind'}", "--words=smoke", f"--workdir={tmp_path / 'out'}"
+    )
+    assert result.returncode == 1 and "no views to judge by" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_judged_is_refused():
