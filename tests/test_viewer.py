@@ -70,6 +70,15 @@ class Flip(Identity):
         return dataclasses.replace(splats, quaternions=splats.quaternions * factor)
 
 
+@dataclasses.dataclass(frozen=True)
+class Relay(Identity):
+    """Every other splat hands over to its neighbour at t = 0.5."""
+
+    def apply(self, params, splats, t):
+        on = (jnp.arange(len(splats)) % 2 == 1) == (t >= 0.5)
+        return dataclasses.replace(splats, opacity_logits=jnp.where(on, 3.0, -30.0))
+
+
 def make_asset(field=None, **options):
     return Asset(make_splats(**options), field or Swing(), {}, (1.0, 1.0, 1.0))
 
@@ -77,6 +86,14 @@ def make_asset(field=None, **options):
 def render(splats, camera, background=(1.0, 1.0, 1.0)):
     image = draw(splats, camera, jnp.asarray(background), implementation="reference").rgb
     return np.clip(np.asarray(image), 0, 1)
+
+
+@pytest.mark.parametrize(("t", "odd"), [(0.41, False), (0.49, False), (0.51, True), (0.59, True)])
+def test_a_change_of_bodies_is_sudden(t, odd):
+    track = sample(make_asset(Relay()), np.linspace(0, 1, 6))  # 0.4 and 0.6 are neighbours
+    found = 1 / (1 + np.exp(-np.asarray(track.at(t).opacity_logits, float)))
+    on = (np.arange(len(track)) % 2 == 1) == odd
+    np.testing.assert_allclose(found, np.where(on, 1 / (1 + np.exp(-3)), 0), atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None)

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from test_viewer import TITLE, Swing, make_asset, render
+from test_viewer import TITLE, Relay, Swing, make_asset, render
 
 from d4d_jax import cameras
 from d4d_jax.metrics import psnr
@@ -109,6 +109,20 @@ def test_snapshots_equal_our_renders(show, path, asset, t):
         # Measured: 44 to 50 dB. Without the blur it is 39, sorted by distance instead of depth 40.
         assert float(psnr(found, render(track.at(t), camera, background))) > 42
         assert float(psnr(found, render(asset.at(t), camera, background))) > 42
+
+
+def test_bodies_change_at_once(browser, tmp_path):
+    asset = make_asset(Relay())
+    path = tmp_path / "relay.html"
+    viewer.write_viewer(path, asset, timestamps=np.linspace(0, 1, 6))
+    camera = cameras.orbit(4, elevation=0.4, azimuth=0.3, width=SIZE, height=SIZE)[0]
+    page = browser.new_page()
+    page.goto(path.as_uri() + "#play=0")
+    page.evaluate("d4d.ready")
+    for t in (0.45, 0.55):
+        found = snapshot(page, camera, t)
+        assert float(psnr(found, render(asset.at(t), camera))) > 42
+    page.close()
 
 
 def test_snapshots_wait_for_each_other(show):

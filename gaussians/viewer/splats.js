@@ -35,15 +35,18 @@ function unpack(header, content) {
   return track;
 }
 
-// Writes all splats of one attribute, linear between two samples, into its `values`.
-function blend(attribute, frame, weight) {
+// Writes all splats of one attribute, linear between two samples, into its `values`. Where one of
+// the samples is below `least`, the nearer one counts.
+function blend(attribute, frame, weight, least = -Infinity) {
   const {numbers, low, step, frames, components, values} = attribute;
+  const nearer = weight < 0.5 ? 0 : 1;
   const size = values.length;
   const before = frames > 1 ? frame * size : 0;
   const after = frames > 1 && weight > 0 ? before + size : before;
   for (let k = 0, c = 0; k < size; k++) {
-    const number = numbers[before + k] + weight * (numbers[after + k] - numbers[before + k]);
-    values[k] = low[c] + step[c] * number;
+    const [a, b] = [numbers[before + k], numbers[after + k]];
+    const sudden = low[c] + step[c] * Math.min(a, b) < least;
+    values[k] = low[c] + step[c] * (a + (sudden ? nearer : weight) * (b - a));
     if (++c === components) c = 0;
   }
 }
@@ -98,8 +101,10 @@ class Splats {
 
   #write(frame, weight, first) {
     const track = this.track;
-    for (const attribute of Object.values(track)) {
-      if (first || attribute.frames > 1) blend(attribute, frame, weight);
+    for (const [name, attribute] of Object.entries(track)) {
+      // A splat that appears or vanishes does so at once: two bodies never show half-way.
+      const least = name === 'opacities' ? ALPHA_MIN : -Infinity;
+      if (first || attribute.frames > 1) blend(attribute, frame, weight, least);
     }
     const [means, quaternions, scales, opacities, colours] =
       ['means', 'quaternions', 'log_scales', 'opacities', 'colours'].map((n) => track[n].values);

@@ -102,7 +102,8 @@ class Track:
     def at(self, t: float) -> Splats:
         """The splats that the page shows at a timestamp: linear between the neighbouring samples.
 
-        Before the first and after the last sample they stand still.
+        A splat that appears or vanishes between them does so at once, half-way: where bodies take
+        turns, only one is seen. Before the first and after the last sample all stand still.
         """
         place = np.interp(t, self.timestamps, np.arange(len(self.timestamps)))
         before = min(int(place), max(len(self.timestamps) - 2, 0))
@@ -113,7 +114,12 @@ class Track:
                 return values[0]
             return values[before] + weight * (values[before + 1] - values[before])
 
-        opacities = np.clip(blend(self.opacities), 1e-6, 1 - 1e-6)
+        opacities = blend(self.opacities)
+        if len(self.opacities) > 1:
+            samples = self.opacities[before : before + 2]
+            nearer = samples[int(weight >= 0.5)]
+            opacities = np.where(samples.min(axis=0) < ALPHA_MIN, nearer, opacities)
+        opacities = np.clip(opacities, 1e-6, 1 - 1e-6)
         constant = np.asarray(spherical_harmonics.from_rgb(blend(self.colours)))
         return Splats(
             means=jnp.asarray(blend(self.means)),
