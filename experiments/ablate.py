@@ -24,9 +24,10 @@ import numpy as np
 from absl import flags, logging
 
 from d4d_jax import media, metrics
+from d4d_jax.metrics import Lpips
 from experiments import cli
 from experiments.configs import reconstruct as configs
-from experiments.reconstruct import to_config
+from experiments.reconstruct import load_perceptual, needs_perceptual, to_config
 from gaussians import datasets
 from gaussians.captures import Capture
 from gaussians.evaluation import render_views, score
@@ -40,6 +41,10 @@ def main() -> None:
     """Runs what is missing and prints the table."""
     options = flags.FLAGS
     variants = {words: to_config(configs.get_config(words)) for words in options.words}
+    perceptual = load_perceptual(options.perceptual)
+    for words, config in variants.items():
+        if perceptual is None and needs_perceptual(config):
+            raise ValueError(f"The words {words!r} weigh the loss lpips: pass --perceptual, too.")
     size = (options.size, options.size) if options.size else None
     clips = {Path(path).name: path for path in options.clips}
     if len(clips) < len(options.clips):
@@ -58,7 +63,7 @@ def main() -> None:
                 if target.exists():
                     continue
                 capture = datasets.read_capture(path, size=size)
-                report = run_once(capture, config, seed, target.with_suffix(".png"))
+                report = run_once(capture, config, seed, target.with_suffix(".png"), perceptual)
                 write_json(target, report)
                 logging.info("%s, %s, seed %d: %s", words, name, seed, json.dumps(report))
     text = table(read_reports(workdir, list(variants), list(clips)))
@@ -67,14 +72,20 @@ def main() -> None:
 
 
 def run_once(
-    capture: Capture, config: ReconstructConfig, seed: int, picture: Path
+    capture: Capture,
+    config: ReconstructConfig,
+    seed: int,
+    picture: Path,
+    perceptual: Lpips | None = None,
 ) -> dict[str, Any]:
     """One reconstruction: its seconds, its splats, and the mean scores of every view set.
 
-    `still` among the scores is the PSNR of the static pose held still.
+    `perceptual` is scored, and part of the loss where its weight is above 0. `still` among the
+    scores is the PSNR of the static pose held still.
     """
     begin = time.monotonic()
-    asset = reconstruct(capture, config, jax.random.key(seed))
+    in_loss = perceptual if needs_perceptual(config) else None
+    asset = reconstruct(capture, config, jax.random.key(seed), perceptual=in_loss)
     jax.block_until_ready(asset.params)
     seconds = time.monotonic() - begin
     rest = asset.meta["static_time"] or 0.0
@@ -83,7 +94,9 @@ def run_once(
     for name, views in capture.sets.items():
         rendered = render_views(asset, views)
         still = metrics.psnr(render_views(asset, views, at=rest).rgb, views.rgb)
-        scores = score(rendered, views) | {"still": np.minimum(np.asarray(still), 100.0)}
+        scores = score(rendered, views, perceptual) | {
+            "still": np.minimum(np.asarray(still), 100.0)
+        }
         report[name] = {key: round(float(np.mean(v)), 4) for key, v in scores.items()}
         if name == held_out_of(capture.sets):
             step = max(1, len(views) // _SHEET_FRAMES)
@@ -128,8 +141,10 @@ def read_reports(
 
 def table(reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Markdown: a row for each variant, and the spread of its mean over seeds where it has more."""
-    columns = "runs | PSNR (dB) | over still (dB) | SSIM | IoU | floaters | dynamic (dB) | s"
-    lines = [f"| words | {columns} |", "|---" + "|--:" * 8 + "|"]
+    columns = (
+        "runs | PSNR (dB) | over still (dB) | SSIM | LPIPS | IoU | floaters | dynamic (dB) | s"
+    )
+    lines = [f"| words | {columns} |", "|---" + "|--:" * 9 + "|"]
     for words, runs in reports.items():
         sets = [run[held_out_of(run)] for run in runs]
         common = set.intersection(*map(set, sets))
@@ -145,6 +160,7 @@ def table(reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             f"{mean['psnr']:.2f}{spread}",
             f"{mean['psnr'] - mean['still']:+.2f}",
             f"{mean['ssim']:.3f}",
+            f"{mean['lpips']:.3f}" if "lpips" in mean else "-",
             f"{mean['alpha_iou']:.3f}" if "alpha_iou" in mean else "-",
             f"{100 * mean['floaters']:.1f} %" if "floaters" in mean else "-",
             f"{dynamic:.2f}",
@@ -159,6 +175,7 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string(
         "words", ["default"], "Words of experiments/configs/reconstruct.py; may be repeated."
     )
+    flags.DEFINE_string("perceptual", None, "Scores LPIPS, too: as in experiments.reconstruct.")
     flags.DEFINE_integer("seeds", 1, "Runs of each, with seeds from 0.", lower_bound=1)
     flags.DEFINE_integer("size", 0, "Pixels a side; 0 keeps the clips' size.", lower_bound=0)
     flags.DEFINE_string("workdir", None, "Folder for the reports.", required=True)

@@ -134,12 +134,17 @@ def read_source(
 
 def check_perceptual(config: ReconstructConfig, perceptual: Lpips | None) -> None:
     """Raises ValueError unless --perceptual and the weights of the loss lpips go together."""
-    stages = (config.warmup, config.coarse, config.fine)
-    weighted = any((stage.weights or config.weights).lpips > 0 for stage in stages)
+    weighted = needs_perceptual(config)
     if weighted and perceptual is None:
         raise ValueError("config.weights.lpips is above 0: say which network with --perceptual.")
     if perceptual is not None and not weighted:
         raise ValueError("--perceptual has no part in the loss: set --config.weights.lpips=0.1.")
+
+
+def needs_perceptual(config: ReconstructConfig) -> bool:
+    """Whether the loss lpips has a weight in any stage."""
+    stages = (config.warmup, config.nodes, config.coarse, config.fine)
+    return any((stage.weights or config.weights).lpips > 0 for stage in stages)
 
 
 def load_perceptual(choice: str | None) -> Lpips | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from gaussians import densify, initialize
 from gaussians.deformation import build
+from gaussians.deformation.skeleton import Skeleton
 from gaussians.densify import AdaptiveDensity
 from gaussians.losses import LossWeights
 from gaussians.optimization import LearningRates
@@ -13,6 +14,13 @@ from gaussians.rasterize import chosen
 from gaussians.stages import Stage
 
 _WARMUP = Stage(steps=300, static_fraction=1.0, low_steps=200)
+_NODES = Stage(
+    steps=0,
+    static_fraction=0.25,
+    low_steps=400,
+    end_rate=0.5,
+    rates=LearningRates(nodes=8e-3),
+)
 _COARSE = Stage(
     steps=600,
     static_fraction=0.25,
@@ -48,6 +56,8 @@ class ReconstructConfig:
         initializer: spec of the first splats, for `gaussians.initialize.build`; None takes the
             visual hull of the frames at rest, or a random cube where that is empty.
         warmup: static views only, field at rest; skipped without a static orbit.
+        nodes: the control points are fitted as if they were the splats (SC-GS's first stage); no
+            steps by default, since the held-out views do not gain by it.
         coarse: dynamic and static views (Diffusion4D's coarse stage).
         fine: dynamic views, and as many static ones as `fine.static_fraction` says.
         density: when and how splats multiply and vanish: a `gaussians.densify.DensityStrategy`, or
@@ -69,6 +79,7 @@ class ReconstructConfig:
     deformation: Mapping[str, Any] = dataclasses.field(default_factory=_default_deformation)
     initializer: Mapping[str, Any] | None = None
     warmup: Stage = _WARMUP
+    nodes: Stage = _NODES
     coarse: Stage = _COARSE
     fine: Stage = _FINE
     density: Any = dataclasses.field(default_factory=_default_density)
@@ -97,6 +108,11 @@ class ReconstructConfig:
         if isinstance(self.density, Mapping):
             object.__setattr__(self, "density", densify.build(self.density))
         chosen(self.implementation)  # Raises for a name that there is not.
-        build(self.deformation)  # Likewise.
+        field = build(self.deformation)  # Likewise.
+        if self.nodes.steps and not Skeleton.carries(field):
+            raise ValueError(
+                f"The stage nodes has {self.nodes.steps} steps, but the deformation"
+                f" {self.deformation['name']!r} has no control points: set nodes.steps to 0."
+            )
         if self.initializer is not None:
             initialize.build(self.initializer)  # Likewise.

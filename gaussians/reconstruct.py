@@ -30,6 +30,7 @@ from gaussians.asset import Asset, pair_capacity
 from gaussians.captures import Capture, of_clip
 from gaussians.configuration import ReconstructConfig
 from gaussians.deformation import Deformation, build
+from gaussians.deformation.skeleton import Skeleton
 from gaussians.optimization import (
     StepReport,
     StepSettings,
@@ -147,9 +148,8 @@ class _Fit:
         self.capture, self.config, self.field = capture, config, field
         self.callback, self.keeper, self.name = callback, keeper, name
         self.perceptual = perceptual
-        stages = {"warmup": config.warmup, "coarse": config.coarse, "fine": config.fine}
-        if capture.still is None:
-            del stages["warmup"]
+        names = ["warmup"] * (capture.still is not None) + ["nodes", "coarse", "fine"]
+        stages = {name: getattr(config, name) for name in names}
         self.stages = {name: stage for name, stage in stages.items() if stage.steps}
         weights = [stage.weights or config.weights for stage in self.stages.values()]
         if perceptual is None and any(w.lpips > 0 for w in weights):
@@ -302,8 +302,9 @@ class _Fit:
     def _settings(self, name: str, scale: float) -> StepSettings:
         config, stage = self.config, self.stages[name]
         bands = self.done // config.sh_interval if config.sh_interval else config.sh_degree
+        shown = {"warmup": None, "nodes": Skeleton(self.field)}
         return StepSettings(
-            deformation=None if name == "warmup" else self.field,
+            deformation=shown.get(name, self.field),
             weights=stage.weights or config.weights,
             rates=stage.rates or config.rates,
             density=config.density,

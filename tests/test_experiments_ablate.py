@@ -59,10 +59,24 @@ def test_finished_runs_are_not_repeated_and_seeds_are_added(compared):
     assert row.startswith("| `smoke` | 4 | ") and " ± " in row
 
 
+def test_perceptual_distances_are_scored_and_weighed(compared, tmp_path):
+    _, arguments, _ = compared
+    words = ["--words=smoke", "--words=smoke,lpips", "--perceptual=stlpips"]
+    result = run_binary("ablate", arguments[1], *words, f"--workdir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    plain, weighed = (
+        json.loads((tmp_path / name / "two" / "0.json").read_text())["test"]
+        for name in ("smoke", "smoke,lpips")
+    )
+    assert 0 < weighed["lpips"] != plain["lpips"] > 0
+    assert f" | {plain['lpips']:.3f} | " in result.stdout
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
         (["--words=quick"], "not 'quick'"),
+        (["--words=smoke,lpips"], "pass --perceptual"),
         (["--clips=nowhere"], "There is no capture 'nowhere'"),
         (["--clips={0}/one/../one"], "same folder name"),
     ],

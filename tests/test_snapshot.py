@@ -56,8 +56,12 @@ def uninterrupted(clip):
     [
         {"density": {"name": "mcmc", "start": 3, "stop": 16, "every": 4, "noise_scale": 1e5}},
         {"deformation": {"name": "control_points", "num_nodes": 12, "time_resolution": 4}},
+        {
+            "deformation": {"name": "control_points", "num_nodes": 12, "time_resolution": 4},
+            "nodes": Stage(8, static_fraction=0.3, low_steps=4),
+        },
     ],
-    ids=["mcmc", "control_points"],
+    ids=["mcmc", "control_points", "node_stage"],
 )
 def test_every_part_resumes_bit_for_bit(clip, tmp_path, changes):
     config = dataclasses.replace(CONFIG, **changes)

@@ -24,6 +24,7 @@ from gaussians import preparation
 from gaussians.asset import pair_capacity
 from gaussians.captures import Capture, Views, of_clip
 from gaussians.deformation import build
+from gaussians.deformation.skeleton import Skeleton
 from gaussians.optimization import StepSettings, create_state, refine, step
 from gaussians.projection import BLUR
 from gaussians.rasterize import chosen
@@ -156,7 +157,7 @@ def programs(
     Raises:
         ValueError: a stage takes more than one view per step.
     """
-    names = ("warmup", "coarse", "fine") if capture.still is not None else ("coarse", "fine")
+    names = ["warmup"] * (capture.still is not None) + ["nodes", "coarse", "fine"]
     stages = {name: getattr(config, name) for name in names}
     counts: collections.Counter[tuple[str, float, int]] = collections.Counter()
     for name, stage in stages.items():
@@ -170,7 +171,7 @@ def programs(
     found: dict[Program, collections.Counter[str]] = {}
     for (name, scale, degree), steps in counts.items():
         settings = StepSettings(
-            deformation=None if name == "warmup" else field,
+            deformation={"warmup": None, "nodes": Skeleton(field)}.get(name, field),
             weights=stages[name].weights or config.weights,
             rates=stages[name].rates or config.rates,
             density=config.density,
@@ -190,8 +191,9 @@ def short_run(clip: OrbitClip, config: ReconstructConfig) -> ShortRun:
     stages = {
         name: dataclasses.replace(getattr(config, name), **few) for name in ("coarse", "fine")
     }
-    warmup = dataclasses.replace(config.warmup, steps=0)
-    config = dataclasses.replace(config, warmup=warmup, **stages)
+    for name in ("warmup", "nodes"):
+        stages[name] = dataclasses.replace(getattr(config, name), steps=0)
+    config = dataclasses.replace(config, **stages)
     asset = reconstruct(clip, config, jax.random.key(0))
     splats, params = jax.tree.map(np.asarray, (asset.splats, asset.params))
     return ShortRun(splats, params, measure.process_peak_mb(), measure.device_peak_mb())

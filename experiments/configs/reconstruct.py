@@ -14,6 +14,8 @@ A binary's `--preset=fast` is the same as the word in `--config`. A comma adds a
   not move them at all;
 - `plain` is the field alone, without bodies for lost poses and without short-lived splats;
 - `mcmc` relocates splats instead of cloning and pruning them;
+- `node_stage` fits the control points before the splats that they carry (SC-GS's first stage);
+- `lpips` adds a perceptual loss, of which `--perceptual` says the network; `no_dssim` has L1 alone;
 - `no_coarse`, `no_fine` give the steps of one stage to the other; `dynamic_fine` has no static
   views in the fine stage, as the paper has it.
 
@@ -43,6 +45,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "plain": _plain,
         "identity": _identity,
         "mcmc": _mcmc,
+        "lpips": _lpips,
+        "no_dssim": _no_dssim,
+        "node_stage": _node_stage,
         "no_coarse": _no_coarse,
         "no_fine": _no_fine,
         "dynamic_fine": _dynamic_fine,
@@ -79,6 +84,7 @@ def _default() -> ml_collections.ConfigDict:
     # None: the hull of the silhouettes. A whole dict is given, as the keys differ by its name.
     config.initializer = ml_collections.config_dict.placeholder(ml_collections.ConfigDict)
     config.warmup = _stage(steps=300, static_fraction=1.0, low_steps=200)
+    config.nodes = _stage(static_fraction=0.25, low_steps=400, end_rate=0.5)
     config.coarse = _stage(steps=600, static_fraction=0.25, low_steps=600, end_rate=0.5)
     config.fine = _stage(steps=2000, static_fraction=0.2, low_steps=400, end_rate=0.05)
     config.density = dict(
@@ -120,8 +126,9 @@ def _default() -> ml_collections.ConfigDict:
         curves=0.1,
         nodes=1.5e-3,
     )
-    # The coarse stage follows the rates above, but for the nodes: far, then fine.
+    # These stages follow the rates above, but for the nodes: far, then fine.
     following = {name: config.rates.get_ref(name) for name in config.rates}
+    config.nodes.rates = ml_collections.ConfigDict(following | {"nodes": 8e-3})
     config.coarse.rates = ml_collections.ConfigDict(following | {"nodes": 8e-3})
     return config
 
@@ -189,6 +196,20 @@ def _hexplane(config: ml_collections.ConfigDict) -> None:
 
 def _plain(config: ml_collections.ConfigDict) -> None:
     config.deformation = config.deformation.base.base
+
+
+def _lpips(config: ml_collections.ConfigDict) -> None:
+    config.weights.lpips = 0.1
+
+
+def _no_dssim(config: ml_collections.ConfigDict) -> None:
+    config.weights.update(l1=1.0, dssim=0.0)
+
+
+def _node_stage(config: ml_collections.ConfigDict) -> None:
+    config.nodes.steps = config.coarse.steps * 2 // 3
+    config.density.start += config.nodes.steps
+    config.density.stop += config.nodes.steps
 
 
 def _no_coarse(config: ml_collections.ConfigDict) -> None:

@@ -32,6 +32,9 @@ from gaussians.deformation.hexplane import slice_at
 from gaussians.projection import rotation_matrices
 from gaussians.types import Splats
 
+_TINY = 1e-8  # of sums of opacities, and of squared world units
+_OPAQUE = 2.2  # opacity logit of a node that is shown itself: 0.9
+
 
 @register("deformation", "control_points")
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +196,50 @@ class ControlPoints:
         if self.scales:
             moved = dataclasses.replace(moved, log_scales=splats.log_scales + blended[:, 12:])
         return moved
+
+    def skeleton(self, params: PyTree, splats: Splats, t: Timestamp) -> Splats:
+        """The nodes themselves as splats, for SC-GS's first stage, which fits only them.
+
+        A node is an opaque ball as large, and of the mean colour, as the splats that it carries.
+        Only its motion, and where it sits, get a gradient.
+
+        Returns:
+            As many slots as `splats` has, of which the first m are nodes. Nodes that carry nothing
+            are not active.
+
+        Raises:
+            ValueError: fewer slots than nodes.
+        """
+        slots, nodes = len(splats), self.num_nodes
+        if slots < nodes:
+            raise ValueError(
+                f"{nodes} nodes do not fit in {slots} slots: raise the capacity of the splats."
+            )
+        poses = self.poses(params, t)
+        moved = params["nodes"]["positions"] + poses["translations"]
+        params, splats = jax.lax.stop_gradient((params, splats))
+        active = jnp.asarray(splats.active)
+        positions = jnp.where(active[:, None], splats.means, 0.0)
+        colours = jnp.where(active[:, None, None], splats.sh, 0.0)
+        index, shares = self.weights(params, positions)
+        shares = shares * jnp.where(active, jax.nn.sigmoid(splats.opacity_logits), 0.0)[:, None]
+        table = jnp.column_stack([positions, positions**2, colours.reshape(slots, -1)])
+        carried = jnp.zeros(nodes).at[index].add(shares)
+        sums = jnp.zeros((nodes, table.shape[1])).at[index].add(shares[..., None] * table[:, None])
+        mean, square, colour = jnp.split(sums / (carried[:, None] + _TINY), (3, 6), axis=1)
+        variance = jnp.maximum(jnp.mean(square - mean**2, axis=1, keepdims=True), _TINY)
+
+        def padded(rows: Array) -> Array:
+            return jnp.zeros((slots, *rows.shape[1:]), rows.dtype).at[:nodes].set(rows)
+
+        return Splats(
+            means=padded(moved),
+            log_scales=padded(jnp.broadcast_to(0.5 * jnp.log(variance), (nodes, 3))),
+            quaternions=padded(poses["rotations"]).at[nodes:, 0].set(1.0),
+            opacity_logits=padded(jnp.full(nodes, _OPAQUE)),
+            sh=padded(colour.reshape(nodes, -1, 3)),
+            active=padded(carried > _TINY),
+        )
 
     def trajectories(self, params: PyTree) -> tuple[Float[Array, "t m 3"], Float[Array, "t m 3 3"]]:
         """Positions and rotations of the nodes at the `time_resolution` instants."""

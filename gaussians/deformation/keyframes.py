@@ -65,15 +65,23 @@ class Keyframes:
 
     def apply(self, params: PyTree, splats: Splats, t: Timestamp) -> Splats:
         """The body whose turn it is, moved by its field; all other splats are invisible."""
-        starts, turns, body = (
-            jax.lax.stop_gradient(params[name]) for name in ("starts", "turns", "body")
-        )
-        turn = jnp.maximum(jnp.sum(jnp.asarray(t) >= starts) - 1, 0)
-        on_stage = turns[turn]
-        base = jax.tree.map(lambda leaf: leaf[on_stage.astype(int)], params["base"])
+        base, on_stage = self._on_stage(params, t)
         moved = self.field.apply(base, splats, t)
+        body = jax.lax.stop_gradient(params["body"])
         logits = jnp.where(body == on_stage, moved.opacity_logits, _INVISIBLE)
         return dataclasses.replace(moved, opacity_logits=logits)
+
+    def skeleton(self, params: PyTree, splats: Splats, t: Timestamp) -> Splats:
+        """Of the body whose turn it is, such as `ControlPoints.skeleton`."""
+        base, on_stage = self._on_stage(params, t)
+        own = jnp.asarray(splats.active) & (params["body"] == on_stage)
+        return self.base.skeleton(base, dataclasses.replace(splats, active=own), t)
+
+    def _on_stage(self, params: PyTree, t: Timestamp) -> tuple[PyTree, Float[Array, ""]]:
+        """The field and the number of the body whose turn it is."""
+        starts, turns = jax.lax.stop_gradient((params["starts"], params["turns"]))
+        body = turns[jnp.maximum(jnp.sum(jnp.asarray(t) >= starts) - 1, 0)]
+        return jax.tree.map(lambda leaf: leaf[body.astype(int)], params["base"]), body
 
     def regularization(self, params: PyTree) -> dict[str, Float[Array, ""]]:
         """The terms of the base field, summed over the bodies; an unused body is at rest."""

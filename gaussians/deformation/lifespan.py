@@ -58,6 +58,10 @@ class Lifespan:
         change = slice_at(params["curves"], t)
         return dataclasses.replace(moved, opacity_logits=moved.opacity_logits + change)
 
+    def skeleton(self, params: PyTree, splats: Splats, t: Timestamp) -> Splats:
+        """Of the base field, such as `ControlPoints.skeleton`; it lives from t = 0 to t = 1."""
+        return self.base.skeleton(params["base"], splats, t)
+
     def regularization(self, params: PyTree) -> dict[str, Float[Array, ""]]:
         """The base field's terms, and `lifespan`: mean square of the curves and of their slopes."""
         curves = params["curves"]
