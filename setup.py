@@ -28,9 +28,14 @@ def native_extensions() -> list[Extension]:
 # Shift-tolerant LPIPS: the weights are read from the package, nothing of it runs.
 PERCEPTUAL = ["stlpips_pytorch>=0.0.2", "safetensors>=0.4"]
 VIEWER = ["viser>=1.1"]
+# Prompts of words: CLIP's byte pair encoding. The vocabulary is a file of its own.
+TEXT = ["tokenizers>=0.20", "ftfy>=6.1"]
+# To write weights as torch's own files; they are read without it.
+CONVERT = ["torch>=2.2"]
 TEST = [
     *PERCEPTUAL,
     *VIEWER,
+    *TEXT,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
@@ -44,7 +49,7 @@ TEST = [
 ]
 FORMATS = ["gsply>=0.4.6"]
 BROWSER = ["playwright>=1.50"]
-PARITY = ["torch==2.13.0", "diffusers>=0.35", "gsplat==1.5.3"]
+PARITY = ["torch==2.13.0", "diffusers>=0.35", "transformers>=5", "gsplat==1.5.3"]
 # On its own: beside a CPU build of torch, torchvision breaks the import of diffusers.
 PARITY_LPIPS = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4"]
 DEV = ["ruff>=0.9", "pyright>=1.1.400", "pre-commit>=4", "clang-format>=21"]
@@ -84,6 +89,8 @@ setup(
         "formats": FORMATS,
         "perceptual": PERCEPTUAL,
         "viewer": VIEWER,
+        "text": TEXT,
+        "convert": CONVERT,
         "test": TEST,
         "dev": TEST + DEV,
         "parity": TEST + PARITY,

@@ -147,6 +147,7 @@ def orbit(
     fov: float = FOV,
     width: int = 256,
     height: int = 256,
+    closed: bool = True,
 ) -> Camera:
     """The orbit of the published data: one full turn whose last view equals the first.
 
@@ -160,6 +161,8 @@ def orbit(
         azimuth: radians, where the orbit starts.
         distance: from the origin, in world units; the object fits a unit cube.
         fov: radians across the longer image side.
+        closed: whether the last view is the first again. VideoMV's orbits are not: there the steps
+            are 2 pi / num_views.
 
     Raises:
         ValueError: fewer than two views, or an elevation at or beyond the poles.
@@ -168,7 +171,8 @@ def orbit(
         raise ValueError(f"An orbit needs at least 2 views; got {num_views}.")
     if abs(elevation) >= math.pi / 2:
         raise ValueError(f"The elevation must lie between -pi/2 and pi/2 radians; got {elevation}.")
-    angle = azimuth + 2 * np.pi * np.arange(num_views) / (num_views - 1)
+    steps = num_views - 1 if closed else num_views
+    angle = azimuth + 2 * np.pi * np.arange(num_views) / steps
     level, height_above = math.cos(elevation), math.sin(elevation)
     eye = distance * np.stack(
         [level * np.sin(angle), -level * np.cos(angle), np.full(num_views, height_above)], -1

@@ -1,16 +1,20 @@
-"""Prompt image -> orbital video of a moving object: the object people call.
+"""Prompt -> orbital video of a moving object: the object people call.
 
     pipeline = OrbitPipeline.load()                       # the embedded tiny model
     clip = pipeline(clips.read_image("rabbit.png"), motion=8.0)
     clip.dynamic                                          # (24, 64, 64, 3) in [0, 1]
 
+    pipeline = OrbitPipeline.load("models/diffusion4d")   # a folder of converted weights
+    clip = pipeline("a panda dancing")
+
 A call samples two orbits of the prompt from the same noise: the dynamic one at the requested motion
 magnitude, and the static one at magnitude 0, which the coarse stage of the reconstruction needs
-(Diffusion4D, section 3.4).
+(Diffusion4D, section 3.4). A network without motion (VideoMV's) samples the static one only.
 """
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,20 +25,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from d4d_jax import cameras, clips, registry, sampling
-from d4d_jax.clips import OrbitClip
+from d4d_jax import cameras, clips, conversion, registry, sampling
+from d4d_jax.clips import Color, OrbitClip
+from d4d_jax.conversion.files import read_metadata
 from d4d_jax.guidance import ThreeDAware
-from d4d_jax.models import bundle, unet, vae
+from d4d_jax.models import autoencoder_kl, bundle, unet, vae, variants
 from d4d_jax.models.conditioning import Conditioning
+from d4d_jax.models.prompts import ImagePrompt, Prompt, PromptEncoder
+from d4d_jax.presets import PRESETS
 from d4d_jax.sampling import DDIM, Stepper
 from d4d_jax.schedules import NoiseSchedule
-from d4d_jax.typing import AnyArray, Codec, Guidance, PyTree
+from d4d_jax.typing import Codec, Guidance, PyTree
 
 #: The model that is shipped with the package; see assets/README.md for how it was trained.
 EMBEDDED = Path(__file__).parent / "assets" / "tiny.npz"
 
 #: Modules whose import registers the names that a model file refers to.
-_PROVIDERS = (unet, vae)
+_PROVIDERS = (unet, vae, autoencoder_kl)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +54,12 @@ class OrbitPipeline:
         codec: maps images to latents and back.
         codec_params: its parameters.
         schedule: the noise schedule the network was trained with.
+        prompt: what a prompt is, and what the network is told of it.
+        prompt_params: parameters of its networks.
         num_frames: frames of a clip.
         size: height and width of a frame in pixels.
+        orbit: further arguments of `cameras.orbit`: where the cameras stand.
+        background: the colour of a frame where nothing is, RGB in [0, 1].
         guidance: of the dynamic orbit.
         static_guidance: of the static orbit, which is sampled at motion magnitude 0.
         stepper: moves from one noise level to the next.
@@ -60,8 +71,12 @@ class OrbitPipeline:
     codec: Codec
     codec_params: PyTree
     schedule: NoiseSchedule
+    prompt: PromptEncoder = dataclasses.field(default=ImagePrompt())
+    prompt_params: PyTree = dataclasses.field(default_factory=dict)
     num_frames: int = 24
     size: int = 64
+    orbit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    background: Color = clips.WHITE
     guidance: Guidance = dataclasses.field(default=ThreeDAware(w1=0.0, w2=0.5))
     static_guidance: Guidance = dataclasses.field(default=ThreeDAware(w1=0.0, w2=0.0))
     stepper: Stepper = dataclasses.field(default=DDIM())
@@ -69,120 +84,185 @@ class OrbitPipeline:
 
     @classmethod
     def load(cls, path: str | os.PathLike = EMBEDDED) -> "OrbitPipeline":
-        """Reads a model file written by `d4d_jax.models.bundle`; by default the embedded model.
+        """Reads a model; by default the embedded one.
+
+        Args:
+            path: a file written by `d4d_jax.models.bundle`, or a folder of converted weights:
+                `network.safetensors` and `codec.safetensors`, for prompts that are read by CLIP
+                `text.safetensors` and `image.safetensors`, and, if it is not to be found
+                elsewhere, CLIP's vocabulary (`load_tokenizer`). What they are follows from the
+                network's file, which names one of `d4d_jax.presets.PRESETS`, or from `model.json`:
+                a configuration as for `from_parts`, or {"preset": ...} and what differs from it.
 
         Raises:
-            FileNotFoundError, ValueError: no such file, or no model file.
+            FileNotFoundError, ValueError: no such file, or no model.
         """
+        path = Path(path)
+        if path.is_dir():
+            return _from_folder(cls, path)
         return cls.from_parts(*bundle.load_bundle(path))
 
     @classmethod
     def from_parts(
-        cls, params: PyTree, codec_params: PyTree, config: Mapping[str, Any]
+        cls,
+        params: PyTree,
+        codec_params: PyTree,
+        config: Mapping[str, Any],
+        prompt_params: PyTree | None = None,
     ) -> "OrbitPipeline":
         """The pipeline of a network that was trained with `config` (see `experiments/configs`).
 
         Args:
             params: parameters of the network.
             codec_params: parameters of the codec.
-            config: at least the keys `network`, `codec`, `schedule` and `data`.
+            config: at least the keys `network`, `codec`, `schedule` and `data`; `prompt`,
+                `guidance`, `orbit` and `spacing` as in `d4d_jax.presets`.
+            prompt_params: parameters of the prompt's networks, if it has any.
         """
-        size = config["data"]["size"]
+        data = config["data"]
         codec = registry.build("codec", config["codec"])
         schedule = registry.build("schedule", config["schedule"])
-        image = jax.ShapeDtypeStruct((size, size, 4), jnp.float32)
+        image = jax.ShapeDtypeStruct((data["size"], data["size"], 4), jnp.float32)
         channels = jax.eval_shape(codec.encode, codec_params, image).shape[-1]
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config["network"].items()}
+        fields = variants.expand(config["network"])
         fields |= {"in_channels": channels, "out_channels": channels}
+        trailing = schedule.alphas_cumprod[-1] == 0
+        options: dict[str, Any] = {
+            "num_frames": data["num_frames"],
+            "size": data["size"],
+            "background": tuple(data.get("background", clips.WHITE)),
+            "orbit": config.get("orbit", {}),
+            "spacing": config.get("spacing", "trailing" if trailing else "leading"),
+        }
+        if "guidance" in config:
+            options["guidance"] = registry.build("guidance", config["guidance"])
+            still = {"w2": 0.0} if config["guidance"]["name"] == "three_d_aware" else {}
+            options["static_guidance"] = dataclasses.replace(options["guidance"], **still)
+        if "prompt" in config:
+            options["prompt"] = registry.build("prompt", config["prompt"])
         return cls(
             network=registry.build("network", fields),
             params=params,
             codec=codec,
             codec_params=codec_params,
             schedule=schedule,
-            num_frames=config["data"]["num_frames"],
-            size=size,
-            spacing="trailing" if schedule.alphas_cumprod[-1] == 0 else "leading",
+            prompt_params=prompt_params or {},
+            **options,
         )
+
+    @property
+    def moves(self) -> bool:
+        """Whether the network knows of motion; without, there is a static orbit only."""
+        return getattr(self.network, "motion_embedding", True)
 
     def __call__(
         self,
-        image: Float[AnyArray, "h w c"],
+        prompt: Prompt,
         *,
         motion: float = 8.0,
         num_steps: int = 50,
         seed: int = 0,
         caption: str = "",
     ) -> OrbitClip:
-        """Samples the dynamic and the static orbit of the object in `image`.
+        """Samples the dynamic and the static orbit of what the prompt shows or says.
 
         Args:
-            image: (h, w, 3 or 4) in [0, 1], of any size: the object seen from the front. Without
-                alpha it should stand on white.
+            prompt: as `prompt` of this pipeline asks: an image (h, w, 3 or 4) in [0, 1], of any
+                size, with the object seen from the front, which without alpha should stand on
+                white; or a sentence.
             motion: motion magnitude m of Eq. 1; 0 holds still.
             num_steps: calls of the sampler.
             seed: of the noise; the same seed gives the same clip on the same platform.
-            caption: passed on to the clip.
+            caption: passed on to the clip; by default a prompt that is a sentence.
 
         Raises:
-            ValueError: the image has another number of channels, the motion is negative, or
-                `num_steps` is not between 1 and the length of the schedule.
+            ValueError: the prompt is of the other kind, an image has another number of channels,
+                the motion is negative, or `num_steps` is not between 1 and the length of the
+                schedule.
         """
         if motion < 0:
             raise ValueError(f"The motion magnitude must be 0 or more; got {motion}.")
-        orbit = cameras.orbit(self.num_frames, width=self.size, height=self.size)
-        rgba = jnp.asarray(prepare_image(image, self.size))
-        latent = self.codec.encode(self.codec_params, rgba)
-        noise = jax.random.normal(jax.random.key(seed), (self.num_frames, *latent.shape))
+        orbit = cameras.orbit(self.num_frames, width=self.size, height=self.size, **self.orbit)
         spec = {"name": self.spacing, "train_steps": self.schedule.num_steps}
         timesteps = registry.build("timesteps", spec | {"num_steps": num_steps})
+        conditioning = dataclasses.replace(
+            self.prompt.encode(
+                self.prompt_params, prompt, size=self.size, to_latents=self._to_latents
+            ),
+            camera=jnp.asarray(orbit.opengl_camera_to_world)[None],
+        )
+        image = jax.ShapeDtypeStruct((self.size, self.size, 4), jnp.float32)
+        latent = jax.eval_shape(self.codec.encode, self.codec_params, image)
+        noise = jax.random.normal(jax.random.key(seed), (self.num_frames, *latent.shape))
         sample = functools.partial(_sample, self.network, self.codec, self.stepper)
-        inputs = (self.params, self.codec_params, self.schedule, latent, noise)
-        poses = jnp.asarray(orbit.opengl_camera_to_world)
+        inputs = (self.params, self.codec_params, self.schedule, noise)
         steps = tuple(timesteps.tolist())
+        orbits = {"dynamic": (self.guidance, motion), "static": (self.static_guidance, 0.0)}
+        if not self.moves:
+            del orbits["dynamic"]
         fields: dict[str, Any] = {}
-        for view, guide, magnitude in (
-            ("dynamic", self.guidance, motion),
-            ("static", self.static_guidance, 0.0),
-        ):
-            frames = np.asarray(sample(guide, steps, *inputs, poses, jnp.asarray([magnitude])))
+        for view, (guide, magnitude) in orbits.items():
+            told = conditioning.with_motion(magnitude) if self.moves else conditioning
+            frames = np.asarray(sample(guide, steps, *inputs, told))
             fields[view] = frames[..., :3]
             if frames.shape[-1] == 4:
                 fields[f"{view}_alpha"] = frames[..., 3]
-        return clips.standard_clip(
-            self.num_frames, self.size, self.size, motion=motion, caption=caption, **fields
+        return OrbitClip(
+            camera=orbit,
+            timestamps=np.linspace(0, 1, self.num_frames, dtype=np.float32),
+            motion=motion if self.moves else None,
+            caption=caption or (prompt if isinstance(prompt, str) else ""),
+            background=self.background,
+            **fields,
         )
 
+    def _to_latents(self, images: Float[Array, "b h w 4"]) -> Float[Array, "b h2 w2 c"]:
+        return _encode(self.codec, self.codec_params, images)
 
-def prepare_image(image: Float[AnyArray, "h w c"], size: int) -> Float[np.ndarray, "s s 4"]:
-    """A prompt as the networks see it: square, on white, colour and alpha in [-1, 1].
 
-    Args:
-        image: (h, w, 3 or 4) in [0, 1]. It is padded with white to a square, then resized. Without
-            alpha, pixels that differ from white count as the object.
-        size: height and width of the result.
+_VOCABULARIES = ("bpe_simple_vocab_16e6.txt.gz", "tokenizer.json", "vocab.json")
 
-    Raises:
-        ValueError: the image has neither 3 nor 4 channels.
-    """
-    image = np.asarray(image, np.float32)
-    if image.shape[-1] not in (3, 4):
+
+def _from_folder(cls: type[OrbitPipeline], folder: Path) -> OrbitPipeline:
+    weights = folder / "network.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} is no model: it has no network.safetensors.")
+    config = _folder_config(folder, weights)
+    params, codec_params = (
+        conversion.load(folder / f"{name}.safetensors") for name in ("network", "codec")
+    )
+    prompt_params = {
+        name: conversion.load(folder / f"{name}.safetensors")
+        for name in ("text", "image")
+        if (folder / f"{name}.safetensors").is_file()
+    }
+    return cls.from_parts(params, codec_params, config, prompt_params)
+
+
+def _folder_config(folder: Path, weights: Path) -> dict[str, Any]:
+    own: dict[str, Any] = {"preset": read_metadata(weights).get("variant")}
+    if (folder / "model.json").is_file():
+        own = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    preset = own.pop("preset", None)
+    if preset in PRESETS:
+        own = {**PRESETS[preset], **own}
+    elif preset is not None or "network" not in own:
         raise ValueError(
-            f"A prompt image has 3 channels (RGB) or 4 (RGBA); this one has {image.shape[-1]}."
+            f"{folder} does not say what its weights are ({preset!r}): write a model.json with"
+            f' {{"preset": ...}}, one of {", ".join(PRESETS)}.'
         )
-    if image.shape[-1] == 4:
-        alpha = image[..., 3:]
-        color = image[..., :3] * alpha + 1 - alpha
-    else:
-        color = image
-        alpha = (image.min(axis=-1, keepdims=True) < 0.98).astype(np.float32)
-    rgba = np.concatenate([color, alpha], axis=-1)
-    height, width = rgba.shape[:2]
-    side = max(height, width)
-    square = np.tile(np.array([1, 1, 1, 0], np.float32), (side, side, 1))
-    top, left = (side - height) // 2, (side - width) // 2
-    square[top : top + height, left : left + width] = rgba
-    return 2 * clips.resize(square[None], size, size)[0] - 1
+    prompt = dict(own.get("prompt", {}))
+    found = [name for name in _VOCABULARIES if (folder / name).is_file()]
+    if prompt.get("name") in ("text", "image_text") and found:
+        # Of the pair vocab.json and merges.txt the folder is named.
+        place = folder if found[0] == "vocab.json" else folder / found[0]
+        own["prompt"] = {"vocabulary": str(place), **prompt}
+    return own
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(codec: Codec, params: PyTree, images: Array) -> Array:
+    return codec.encode(params, images)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -195,13 +275,10 @@ def _sample(
     params: PyTree,
     codec_params: PyTree,
     schedule: NoiseSchedule,
-    latent: Array,
     noise: Array,
-    poses: Array,
-    motion: Array,
+    conditioning: Conditioning,
 ) -> Array:
     """Frames (t, h, w, c) in [0, 1] of one orbit."""
-    conditioning = Conditioning(image=latent[None], camera=poses[None], motion=motion)
     denoise = guide(functools.partial(network.apply, {"params": params}))
     latents = sampling.sample(
         denoise, schedule, stepper, noise[None], conditioning, timesteps=np.asarray(timesteps)

@@ -217,6 +217,25 @@ def trailing(train_steps: int, num_steps: int) -> Int32[np.ndarray, "n"]:
     return steps.astype(np.int32)
 
 
+@register("timesteps", "linspace")
+def linspace(train_steps: int, num_steps: int) -> Int32[np.ndarray, "n"]:
+    """Evenly spaced timesteps from the very last one towards 0, which is left out: 999, 979 ... 20.
+
+    DPM-Solver's own spacing: the last move, which the sampler adds, is as long as the others.
+
+    Raises:
+        ValueError: there are fewer than one step, or not more timesteps than steps.
+    """
+    _stride(train_steps, num_steps)  # Checks the count.
+    if num_steps == train_steps:
+        raise ValueError(
+            f'The spacing "linspace" leaves timestep 0 out: take at most {train_steps - 1} steps,'
+            ' or the spacing "trailing".'
+        )
+    steps = np.round(np.linspace(train_steps - 1, 0, num_steps + 1))[:-1]
+    return steps.astype(np.int32)
+
+
 def _stride(train_steps: int, num_steps: int) -> int:
     if not 1 <= num_steps <= train_steps:
         raise ValueError(

@@ -9,12 +9,18 @@ Figures of different runs or machines are not comparable; those of one run are t
     python -m experiments.benchmark --suite=reconstruction --json=reconstruction.json
 
 takes a training step of `experiments.reconstruct` apart, on a clip of the package.
+
+    python -m experiments.benchmark --suite=networks --json=networks.json
+    python -m experiments.benchmark --suite=memory --json=memory.json
+
+time the networks of the diffusion half beside diffusers, and tell what their programs hold.
 """
 
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +28,11 @@ from absl import flags, logging
 
 import d4d_jax
 from d4d_jax.clips import read_clip
+from d4d_jax.models.level import REMATS
+from d4d_jax.models.variants import VARIANTS, expand
 from experiments import cli
-from experiments.benchmarks import measure, rasterizer, reconstruction, scenes
+from experiments.benchmarks import measure, memory, networks, rasterizer, reconstruction, scenes
+from experiments.benchmarks.denoisers import PASSES, Shape
 from gaussians.rasterize import available
 
 #: Leaves device memory to the processes that measure it; lets threads that wait sleep, since they
@@ -36,12 +45,14 @@ _FULL_N, _FULL_SIZES = (*_N, 200_000), (256, 512, 1024)
 _CLIP = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips" / "knight"
 _WORDS, _FULL_WORDS = ("",), ("", "hexplane", "mcmc", "fast")
 
+_FRAMES, _LATENTS, _PAPER = (24,), (32, 16), "videomv_t2v"
+
 
 class Suite(NamedTuple):
     """What can be measured.
 
     run: Returns the rows and the text with their table.
-    flags: Names of those that have a part in this suite only.
+    flags: Names of those that have a part in it, besides --json and --markdown.
     """
 
     run: Callable[[flags.FlagValues], tuple[list[Any], str]]
@@ -110,6 +121,46 @@ def run_reconstruction(options: flags.FlagValues) -> tuple[list[reconstruction.R
     return rows, f"{about}\n\n{reconstruction.tables(rows)}\n\n{lines}"
 
 
+def run_networks(options: flags.FlagValues) -> tuple[list[networks.Row], str]:
+    """The rows of the networks suite, and their tables with the machine and notes."""
+    jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured
+    names = options.implementations or list(networks.IMPLEMENTATIONS)
+    networks.check_names(names)
+    parts, shapes = options.parts or networks.PARTS, _shapes(options, _LATENTS)
+    rounds = {"repeats": options.repeats, "seconds": options.seconds}
+    full = {name: expand({"variant": name}) for name in options.variants or [_PAPER]}
+    rows: list[networks.Row] = []
+    if "reduced" in parts:
+        rows += networks.reduced(names, shapes, **rounds)
+    for name, fields in full.items():
+        if "compilation" in parts:
+            rows += networks.compilation(name, fields, shapes[0], half=True)
+        if "full" in parts:
+            chosen = {"fields": fields, "shape": shapes[0], "peak_tflops": options.peak_tflops}
+            own = networks.full(names, **chosen, **rounds)
+            rows += [{**row, "variant": name} for row in own]
+    lines = "\n".join(f"- {line}" for line in networks.notes(rows))
+    return rows, f"{measure.machine()}.\n\n{networks.tables(rows)}\n\n{lines}"
+
+
+def run_memory(options: flags.FlagValues) -> tuple[list[memory.Row], str]:
+    """The rows of the memory suite, and their table with the machine and notes."""
+    rows = memory.run(
+        options.variants or list(VARIANTS),
+        _shapes(options, _LATENTS[:1]),
+        dtypes=options.dtypes or memory.DTYPES,
+        passes=options.passes or memory.PASSES,
+        remats=options.remats or memory.REMATS,
+    )
+    lines = "\n".join(f"- {line}" for line in memory.notes(rows))
+    return rows, f"{measure.machine()}.\n\n{memory.table(rows)}\n\n{lines}"
+
+
+def _shapes(options: flags.FlagValues, latents: Sequence[int]) -> list[Shape]:
+    sizes = (options.frames or _FRAMES, options.latents or latents)
+    return [Shape(int(t), int(n)) for t, n in itertools.product(*sizes)]
+
+
 def _writable(path: str) -> pathlib.Path:
     """The path, whose folder is made if needed; raises OSError before anything is measured."""
     target = pathlib.Path(path)
@@ -132,9 +183,15 @@ def _are_counts(values: list[str] | None) -> bool:
     return all(value.isdecimal() and int(value) > 0 for value in values or [])
 
 
+_ROUNDS = ("implementations", "repeats", "seconds")
+
 SUITES = {
-    "rasterizer": Suite(run_rasterizer, ("n", "scene")),
-    "reconstruction": Suite(run_reconstruction, ("clip", "words")),
+    "rasterizer": Suite(run_rasterizer, ("n", "scene", "sizes", "full", *_ROUNDS)),
+    "reconstruction": Suite(run_reconstruction, ("clip", "words", "sizes", "full", *_ROUNDS)),
+    "networks": Suite(
+        run_networks, ("parts", "variants", "frames", "latents", "peak_tflops", *_ROUNDS)
+    ),
+    "memory": Suite(run_memory, ("variants", "frames", "latents", "dtypes", "passes", "remats")),
 }
 
 if __name__ == "__main__":
@@ -144,7 +201,8 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "implementations",
         None,
-        "Names; default: all but `reference`, and peers; of reconstructions: the fastest.",
+        "Names; default: all but `reference`, and peers; of reconstructions: the fastest; of"
+        " networks: all.",
     )
     flags.DEFINE_list("n", None, f"Numbers of splats; default: {_N}.")
     flags.DEFINE_list("sizes", None, f"Image sizes in pixels; default: {_SIZES}.")
@@ -168,6 +226,22 @@ if __name__ == "__main__":
         "repeats", 25, "Most rounds of turns that are timed together.", lower_bound=1
     )
     flags.DEFINE_float("seconds", 20.0, "Time after which no round starts.", lower_bound=0)
-    for name in ("n", "sizes"):
+    flags.DEFINE_multi_enum("parts", None, networks.PARTS, "What of the networks; default: all.")
+    flags.DEFINE_list(
+        "variants", None, f"Networks at full size; default: {_PAPER}; of memory: all of them."
+    )
+    flags.DEFINE_list("frames", None, f"Numbers of frames; default: {_FRAMES}.")
+    flags.DEFINE_list(
+        "latents", None, f"Cells of the latents a side; default: {_LATENTS}; of memory: the first."
+    )
+    flags.DEFINE_float(
+        "peak_tflops", None, "Of the device in bfloat16; default: known for some.", lower_bound=1
+    )
+    flags.DEFINE_multi_enum("dtypes", None, memory.DTYPES, "Of the computation; default: all.")
+    flags.DEFINE_multi_enum("passes", None, PASSES, f"What is compiled; default: {memory.PASSES}.")
+    flags.DEFINE_multi_enum(
+        "remats", None, list(REMATS), f"What is recomputed in a step; default: {memory.REMATS}."
+    )
+    for name in ("n", "sizes", "frames", "latents"):
         flags.register_validator(name, _are_counts, "these must be whole numbers above 0")
     cli.run(main)

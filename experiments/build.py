@@ -19,7 +19,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 import d4d_jax
 from d4d_jax import losses, media, registry
 from d4d_jax.data.pipeline import ClipSource, make_dataset
-from d4d_jax.models import unet, vae  # noqa: F401 (importing them registers their classes)
+from d4d_jax.models import autoencoder_kl, unet, vae, variants  # noqa: F401 (they register names)
 from d4d_jax.models.conditioning import Conditioning
 from d4d_jax.pipeline import OrbitPipeline
 from d4d_jax.schedules import NoiseSchedule
@@ -61,8 +61,7 @@ def build_network(config: Config, channels: int) -> Any:
         ValueError: a wrong name or argument.
     """
     sizes = {"in_channels": channels, "out_channels": channels}
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config["network"].items()}
-    return registry.build("network", {**fields, **sizes})
+    return registry.build("network", variants.expand(dict(config["network"])) | sizes)
 
 
 def latent_channels(codec: Codec, codec_params: PyTree, batch: PyTree) -> int:

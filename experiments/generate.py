@@ -1,4 +1,4 @@
-"""Turns one image into a moving 3D asset: samples an orbital video, then reconstructs it.
+"""Turns a prompt into a moving 3D asset: samples an orbital video, then reconstructs it.
 
     python -m experiments.generate --workdir=out [--image=PATH] [--motion=8]
 
@@ -24,13 +24,18 @@ _ORBIT = "asset_orbit.mp4"
 
 def main() -> None:
     """Generates the asset that the command line asks for."""
-    image, pipeline = sample.read_prompt()
+    prompt, pipeline = sample.read_prompt()
+    if not pipeline.moves:
+        raise ValueError(
+            "This model knows no motion, so there is nothing to make a moving asset of: sample its"
+            " orbit with experiments.sample."
+        )
     config = to_config(flags.FLAGS.config)
     written = ("orbit.mp4", "orbit_frames", *outputs(_ORBIT))
     workdir = cli.claim_workdir(sample.WORKDIR.value, written, overwrite=sample.OVERWRITE.value)
     cli.log_devices()
     with cli.profile(workdir):
-        sample.write_samples(sample.sample(image, pipeline), workdir)
+        sample.write_samples(sample.sample(prompt, pipeline), workdir)
         # Reconstruct what the files hold, as experiments.reconstruct --clip would.
         clip = clips.read_clip(workdir / "orbit_frames")
         asset, seconds = fit(clip, config, sample.SEED.value, workdir)

@@ -21,6 +21,14 @@ def test_without_prompt_drops_prompt_and_motion_and_keeps_the_camera():
     assert Conditioning().without_prompt() == Conditioning()
 
 
+def test_without_prompt_keeps_what_is_dropped_by_mask_and_the_static_asset():
+    """The network reads the masks; what they drop stays, for other branches of guidance."""
+    given = {"image_embedding": jnp.ones((2, 6)), "static": jnp.ones((2, 5, 4, 4, 3))}
+    dropped = example(**given).without_prompt()
+    for name, value in given.items():
+        np.testing.assert_array_equal(getattr(dropped, name), value)
+
+
 def test_with_motion_takes_one_number_or_one_for_each_clip():
     dropped = example().without_prompt()
     np.testing.assert_array_equal(dropped.with_motion(3).motion, [3.0, 3.0])
@@ -42,6 +50,30 @@ def test_concatenate_fills_masks_and_motion_that_are_absent():
 def test_a_condition_that_only_some_have_is_refused():
     with pytest.raises(ValueError, match=r"Only some of the .* 'context'"):
         Conditioning.concatenate([example(), example(context=jnp.ones((2, 7, 8)))])
+
+
+def test_concatenate_joins_every_field_in_order():
+    first, second = (
+        example(
+            image_embedding=jnp.full((2, 6), n),
+            static=jnp.full((2, 5, 4, 4, 3), n),
+            context=jnp.full((2, 7, 8), n),
+            null_context=jnp.full((2, 7, 8), -n),
+        )
+        for n in (1.0, 2.0)
+    )
+    joined = Conditioning.concatenate([first, second])
+    for name in ("image_embedding", "static", "context"):
+        values = getattr(joined, name).reshape(4, -1)
+        np.testing.assert_array_equal(values[:, 0], [1, 1, 2, 2])
+        assert (values == values[:, :1]).all()
+    assert joined.null_context[3, 0, 0] == -2.0
+
+
+def test_sizes_that_do_not_join_are_named():
+    parts = [Conditioning(static=jnp.ones((2, n, 4, 4, 3))) for n in (5, 6)]
+    with pytest.raises(ValueError, match=r"'static' of different sizes: \(5, 4.*\) and \(6, 4"):
+        Conditioning.concatenate(parts)
 
 
 def test_an_empty_conditioning_has_no_batch_size():

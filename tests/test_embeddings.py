@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d4d_jax.models.embeddings import EmbeddingMLP, ImageTokens, MotionEmbedding, sinusoidal
+from d4d_jax.models.embeddings import EmbeddingMLP, MotionEmbedding, sinusoidal
 
 
 def test_cosines_come_first_and_frequencies_fall_to_one_over_the_period():
@@ -45,9 +45,3 @@ def test_dropped_motion_is_the_null_embedding(null):
 def test_unknown_null_is_refused():
     with pytest.raises(ValueError, match="'learnt' or 'zero', not 'mean'"):
         MotionEmbedding(4, null="mean").init(jax.random.key(0), jnp.ones((1,)))
-
-
-def test_a_token_for_every_four_by_four_cells():
-    module, image = ImageTokens(5), jnp.ones((2, 8, 16, 3))
-    tokens, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), image)
-    assert tokens.shape == (2, 8, 5)

@@ -12,18 +12,17 @@ ROOT = Path(__file__).parent.parent
 
 #: A module may import those of the lines above its own, and its own package.
 LAYERS = [
-    ["typing", "registry", "pytree"],
+    ["typing", "registry", "pytree", "presets"],
     ["cameras", "schedules", "motion", "media", "metrics"],
     ["clips", "losses"],
     ["models", "guidance"],
-    ["sampling"],
+    ["sampling", "conversion"],
     ["pipeline"],
 ]
 
 #: Parts beside the layers, and what they may import of d4d_jax.
 SIDES = {
     "data": {*LAYERS[0], "cameras", "clips", "motion", "metrics"},
-    "conversion": {*LAYERS[0], "models"},
     "train": {*LAYERS[0], "losses", "motion", "schedules", "media"},
     "gaussians": {*LAYERS[0], "cameras", "clips", "metrics", "media"},
 }

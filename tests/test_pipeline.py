@@ -9,7 +9,7 @@ import pytest
 
 from d4d_jax import cameras, clips, metrics, pipeline
 from d4d_jax.guidance import ClassifierFree, ThreeDAware
-from d4d_jax.models import unet, vae
+from d4d_jax.models import prompts, unet, vae
 from d4d_jax.models.bundle import save_bundle
 from d4d_jax.models.conditioning import Conditioning
 
@@ -110,13 +110,13 @@ def test_prompts_with_and_without_alpha_agree():
     rgba = np.concatenate([np.full((20, 20, 3), 0.3, np.float32), alpha], -1)
     on_white = rgba[..., :3] * alpha + 1 - alpha
     np.testing.assert_allclose(
-        pipeline.prepare_image(rgba, 10), pipeline.prepare_image(on_white, 10), atol=1e-6
+        prompts.prepare_image(rgba, 10), prompts.prepare_image(on_white, 10), atol=1e-6
     )
 
 
 def test_prompts_are_padded_to_a_square():
     wide = np.zeros((10, 20, 3), np.float32)
-    square = pipeline.prepare_image(wide, 20)
+    square = prompts.prepare_image(wide, 20)
     assert square.shape == (20, 20, 4)
     assert (square[5:15] == [-1, -1, -1, 1]).all()
     assert (square[:5] == [1, 1, 1, -1]).all() and (square[15:] == [1, 1, 1, -1]).all()

@@ -1,13 +1,16 @@
 """Schedules: published tables, the algebra of predictions, timestep spacings."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden import make_diffusion_golden as golden
 
 from d4d_jax import schedules
 from d4d_jax.registry import build
-from d4d_jax.schedules import NoiseSchedule, cosine, leading, scaled_linear, trailing
+from d4d_jax.schedules import NoiseSchedule, cosine, leading, linspace, scaled_linear, trailing
 
 STEPS = np.array([0, 1, 21, 100, 250, 500, 750, 900, 961, 981, 999])
 TEXT = np.array(
@@ -51,6 +54,27 @@ def samples(t):
 def test_tables_match_the_published_networks(schedule, golden):
     np.testing.assert_allclose(schedule.alphas_cumprod[STEPS], golden, rtol=2e-7)
     assert schedule.num_steps == 1000
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "make"), [("text", scaled_linear), ("image", cosine)])
+def test_tables_and_conversions_agree_with_diffusers(name, make):
+    data = np.load(pathlib.Path(golden.__file__).with_name("diffusion.npz"))
+    # diffusers multiplies betas in float32 and takes 1 - abar there, which loses digits at t = 0.
+    np.testing.assert_allclose(make().alphas_cumprod, data[f"{name}_alphas_cumprod"], atol=1e-6)
+    x0, noise = jnp.asarray(data["pairs"])
+    t = jnp.array(golden.TIMES)
+    for prediction in schedules.PREDICTIONS:
+        schedule = make(prediction=prediction)
+        x_t = schedule.add_noise(x0, noise, t)
+        np.testing.assert_allclose(x_t, data[f"{name}_noisy"], atol=1e-4)
+        answer = golden.toy_network(x_t, t.reshape(-1, 1, 1).astype(jnp.float32), jnp.sin)
+        expected = data[f"{name}_{prediction}_x0"]
+        scale = np.maximum(np.abs(expected).max(axis=(1, 2), keepdims=True), 1.0)
+        result = schedule.to_x0(answer, x_t, t)
+        np.testing.assert_allclose(result / scale, expected / scale, atol=1e-4)
+    velocity = make(prediction="v").target(x0, noise, t)
+    np.testing.assert_allclose(velocity, data[f"{name}_velocity"], atol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", [scaled_linear(), cosine()])
@@ -128,7 +152,15 @@ def test_trailing_spacing_starts_at_the_last_step():
     assert len(set(trailing(1000, 30).tolist())) == 30
 
 
-@pytest.mark.parametrize("spacing", [leading, trailing])
+def test_linspace_spacing_leaves_the_last_move_to_the_sampler():
+    assert linspace(1000, 50)[[0, 1, -1]].tolist() == [999, 979, 20]
+    assert linspace(1000, 1).tolist() == [999]
+    assert linspace(1000, 999).tolist() == list(range(999, 0, -1))
+    with pytest.raises(ValueError, match="at most 999 steps"):
+        linspace(1000, 1000)
+
+
+@pytest.mark.parametrize("spacing", [leading, trailing, linspace])
 @pytest.mark.parametrize("count", [0, 1001])
 def test_impossible_step_counts_are_refused(spacing, count):
     with pytest.raises(ValueError, match=f"between 1 and .* not {count}"):

@@ -18,17 +18,22 @@ class Conditioning:
 
     Attributes:
         image: latent of the reference frame.
+        image_embedding: of the reference image by CLIP.
+        static: latents of the orbit of a static 3D asset that is to move, by the same cameras.
         context: text tokens.
         camera: camera-to-world matrices with OpenGL / Blender axes
             (`Camera.opengl_camera_to_world`), which the network reads row by row.
         motion: motion magnitude of every clip (Eq. 1, the x100 scale).
         null_context: tokens that replace the text of samples whose prompt is dropped, for example
             the embedding of a negative prompt; zeros when absent.
-        drop_prompt: True where image and text are dropped (image -> zeros, text -> `null_context`).
+        drop_prompt: True where image and text are dropped (images -> zeros, text ->
+            `null_context`). The static asset stays.
         drop_motion: True where the motion magnitude is replaced by the null embedding.
     """
 
     image: Float[AnyArray, "b h w c"] | None = None
+    image_embedding: Float[AnyArray, "b e"] | None = None
+    static: Float[AnyArray, "b t h w c"] | None = None
     context: Float[AnyArray, "b n d"] | None = None
     camera: Float[AnyArray, "b t 4 4"] | None = None
     motion: Float[AnyArray, "b"] | None = None
@@ -62,7 +67,8 @@ class Conditioning:
         the others: nothing is dropped there, and the motion is, respectively.
 
         Raises:
-            ValueError: another condition is given in some parts and absent in others.
+            ValueError: another condition is given in some parts and absent in others, or its sizes
+                differ.
         """
         if any(part.motion is not None for part in parts):
             parts = [
@@ -79,6 +85,12 @@ class Conditioning:
                 values = [k if v is None else v for k, v in zip(kept, values, strict=True)]
             elif any(absent):
                 raise ValueError(f"Only some of the conditionings to join have {field.name!r}.")
+            sizes = sorted({value.shape[1:] for value in values})
+            if len(sizes) > 1:
+                listed = " and ".join(map(str, sizes))
+                raise ValueError(
+                    f"The conditionings to join have {field.name!r} of different sizes: {listed}."
+                )
             fields[field.name] = jnp.concatenate(values)
         return Conditioning(**fields)
 

@@ -5,7 +5,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
-from d4d_jax.models.layers import Dense, convolution, fan_in_uniform, zeros
+from d4d_jax.models.layers import Dense, fan_in_uniform, zeros
 from d4d_jax.typing import AnyArray
 
 
@@ -62,20 +62,3 @@ class MotionEmbedding(nn.Module):
         if drop is None:
             return embedding
         return jnp.where(drop[:, None], null, embedding)
-
-
-class ImageTokens(nn.Module):
-    """Context tokens from the latent of the reference frame: one for every 4 x 4 cells.
-
-    The idea is I2VGen-XL's embedding of the local image.
-    """
-
-    width: int
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, image: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
-        x = nn.silu(convolution(32, dtype=self.dtype, name="conv_1")(image))
-        x = nn.silu(convolution(64, strides=(2, 2), dtype=self.dtype, name="conv_2")(x))
-        x = convolution(self.width, strides=(2, 2), dtype=self.dtype, name="conv_3")(x)
-        return x.reshape(x.shape[0], -1, self.width)

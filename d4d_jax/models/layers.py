@@ -12,17 +12,11 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from d4d_jax.models.attention import attend
+
 #: Uniform in +-1/sqrt(fan_in), the default of the reference implementation.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 zeros = nn.initializers.zeros_init()
-
-#: Attention by what a token looks at: queries (b t p) against keys of the same frame ("space"), of
-#: the same position in all frames ("time"), or of tokens shared by the clip ("context").
-_EINSUMS = {
-    "space": ("btphd,btqhd->bthpq", "bthpq,btqhd->btphd"),
-    "time": ("btphd,bsphd->bphts", "bphts,bsphd->btphd"),
-    "context": ("btphd,bqhd->bthpq", "bthpq,bqhd->btphd"),
-}
 
 
 class GroupNorm(nn.Module):
@@ -104,7 +98,6 @@ class ResidualBlock(nn.Module):
         self,
         x: Float[Array, "b t h w c"],
         embedding: Float[Array, "b t e"],
-        *,
         train: bool = False,
     ) -> Float[Array, "b t h w d"]:
         norm = {"groups": self.groups, "dtype": self.dtype}
@@ -124,12 +117,15 @@ class Attention(nn.Module):
     """Multi-head attention; output width equals input width.
 
     Attributes:
-        over: "space", "time" or "context" (see `_EINSUMS`).
+        over: what a token looks at: the tokens of its own frame ("space"), those at its position in
+            all frames ("time"), or tokens shared by the clip ("context").
+        implementation: see `d4d_jax.models.attention.attend`.
     """
 
     heads: int
     head_dim: int
     over: str
+    implementation: str = "auto"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -138,21 +134,22 @@ class Attention(nn.Module):
     ) -> Float[Array, "b t p c"]:
         if (context is None) == (self.over == "context"):
             raise ValueError(f"Attention over {self.over!r} and context {context} do not match.")
-        source = x if context is None else context
+        b, t, p, channels = x.shape
         inner = self.heads * self.head_dim
+        sequences = {"space": b * t, "time": b * p, "context": b}[self.over]
 
-        def project(name: str, value: Array) -> Array:
-            value = Dense(inner, use_bias=False, dtype=self.dtype, name=name)(value)
-            return value.reshape(*value.shape[:-1], self.heads, self.head_dim)
+        def project(name: str, tokens: Array) -> Array:
+            tokens = Dense(inner, use_bias=False, dtype=self.dtype, name=name)(tokens)
+            if self.over == "time":
+                tokens = tokens.swapaxes(1, 2)
+            return tokens.reshape(sequences, -1, self.heads, self.head_dim)
 
-        query = project("query", x) * self.head_dim**-0.5
-        key, value = project("key", source), project("value", source)
-        score, mix = _EINSUMS[self.over]
-        scores = jnp.einsum(score, query, key, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        mixed = jnp.einsum(mix, weights, value)
-        mixed = mixed.reshape(*mixed.shape[:-2], inner)
-        return Dense(x.shape[-1], dtype=self.dtype, name="out")(mixed)
+        source = x if context is None else context
+        query, key, value = project("query", x), project("key", source), project("value", source)
+        mixed = attend(query, key, value, self.implementation)
+        if self.over == "time":
+            mixed = mixed.reshape(b, p, t, inner).swapaxes(1, 2)
+        return Dense(channels, dtype=self.dtype, name="out")(mixed.reshape(b, t, p, inner))
 
 
 class FeedForward(nn.Module):
@@ -176,12 +173,14 @@ class TransformerBlock(nn.Module):
     Attributes:
         first: what the first attention looks at.
         second: what the second looks at, or None to leave it out.
+        attention: implementation of both, see `d4d_jax.models.attention.attend`.
     """
 
     heads: int
     head_dim: int
     first: str
     second: str | None
+    attention: str = "auto"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -192,6 +191,7 @@ class TransformerBlock(nn.Module):
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
         sizes = {"heads": self.heads, "head_dim": self.head_dim, "dtype": self.dtype}
+        sizes |= {"implementation": self.attention}
         x = x + Attention(**sizes, over=self.first, name="attention_1")(norm("norm_1")(x))
         if self.second is not None:
             tokens = context if self.second == "context" else None
@@ -209,6 +209,7 @@ class SpatialTransformer(nn.Module):
     heads: int
     head_dim: int
     groups: int = 32
+    attention: str = "auto"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -221,7 +222,7 @@ class SpatialTransformer(nn.Module):
         y = Dense(self.heads * self.head_dim, dtype=self.dtype, name="proj_in")(y)
         second = None if context is None else "context"
         block = TransformerBlock(
-            self.heads, self.head_dim, "space", second, self.dtype, name="block"
+            self.heads, self.head_dim, "space", second, self.attention, self.dtype, name="block"
         )
         y = block(y, context)
         y = Dense(c, dtype=self.dtype, kernel_init=zeros, name="proj_out")(y)

@@ -3,9 +3,10 @@
 Frame order reaches the network only through the zero-padded temporal convolutions and through the
 camera embedding: the attention over frames has no position code and no mask.
 
-A temporal mixer is a Linen module built with `heads`, `head_dim`, `groups` and `dtype` that maps
-(b t h w c) to the same shape; register your own in the family "temporal_mixer", or name it as
-"package.module:Class" in `SpatioTemporalUNet.temporal_mixer`.
+A temporal mixer is a Linen module built with `heads`, `head_dim`, `groups` and `dtype` (and, if it
+has that field, `attention`) that maps (b t h w c) to the same shape; register your own in the
+family "temporal_mixer", or name it as "package.module:Class" in the field `temporal_mixer` of the
+network.
 """
 
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ class TemporalConv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t h w c"], *, train: bool = False
+        self, x: Float[Array, "b t h w c"], train: bool = False
     ) -> Float[Array, "b t h w c"]:
         norm = {"over_frames": True, "groups": self.groups, "dtype": self.dtype}
         y = x
@@ -69,6 +70,7 @@ class TemporalTransformer(nn.Module):
     heads: int
     head_dim: int
     groups: int = 32
+    attention: str = "auto"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -78,7 +80,7 @@ class TemporalTransformer(nn.Module):
         y = y.reshape(b, t, h * w, c)
         y = Dense(self.heads * self.head_dim, dtype=self.dtype, name="proj_in")(y)
         block = TransformerBlock(
-            self.heads, self.head_dim, "time", "time", self.dtype, name="block"
+            self.heads, self.head_dim, "time", "time", self.attention, self.dtype, name="block"
         )
         y = block(y)
         y = Dense(c, dtype=self.dtype, kernel_init=zeros, name="proj_out")(y)

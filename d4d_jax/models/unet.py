@@ -2,11 +2,8 @@
 
 Block structure and order are those of ModelScope's text-to-video UNet as VideoMV uses it (a camera
 MLP next to the time embedding), plus Diffusion4D's motion MLP. The defaults are the paper-scale
-text network; `VARIANTS` holds named sets of fields.
+text network; `d4d_jax.models.variants` has named sets of fields.
 """
-
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +12,14 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from d4d_jax.models.conditioning import Conditioning
-from d4d_jax.models.embeddings import EmbeddingMLP, ImageTokens, MotionEmbedding, sinusoidal
-from d4d_jax.models.layers import (
-    Downsample,
-    GroupNorm,
-    ResidualBlock,
-    SpatialTransformer,
-    Upsample,
-    convolution,
-    zeros,
-)
-from d4d_jax.models.temporal import TemporalConv
-from d4d_jax.registry import lookup, register
+from d4d_jax.models.embeddings import EmbeddingMLP, MotionEmbedding, sinusoidal
+from d4d_jax.models.image_conditioning import ImageConcat, ImageEmbedding, ImageTokens
+from d4d_jax.models.layers import GroupNorm, convolution, zeros
+from d4d_jax.models.level import REMATS, Blocks, Level
+from d4d_jax.registry import register
 from d4d_jax.typing import AnyArray
 
-IMAGE_CONCATS = ("none", "first", "all")
+IMAGE_CONCATS = ("none", "first", "encoded", "all")
 
 
 @register("network", "unet")
@@ -54,16 +44,26 @@ class SpatioTemporalUNet(nn.Module):
         temporal_mixer: name in the family "temporal_mixer", or "package.module:Class".
         temporal_conv: whether a temporal convolution follows each residual block.
         image_concat: how the latent of the reference frame joins the noisy latents on channels.
-            "first": as frame 0, followed by frames of the constant k / (t - 1), as I2VGen-XL;
-            "all": repeated over the frames, with k / (t - 1) in one more channel; "none": not at
-            all.
+            "first": as frame 0, followed by frames of the constant k / (t - 1); "encoded": the same
+            clip through `ImageConcat`, as I2VGen-XL; "all": repeated over the frames, with
+            k / (t - 1) in one more channel; "none": not at all.
         image_tokens: whether that latent also makes context tokens.
+        image_embedding: whether the embedding of the reference image by CLIP makes context tokens.
+        drop_image: whether a dropped prompt drops the latent of the reference frame, too.
+        static_channels: channels of the latents of a static 3D asset, 0 for a network without. They
+            are further channels of the first convolution, with weights of their own that start at
+            0 (`static_in`), so that the weights of a network without them fit.
         camera_embedding: whether to embed the camera of every frame.
         motion_embedding: whether to embed the motion magnitude of the clip.
         motion_null: embedding of a dropped motion magnitude, "learnt" or "zero".
         fps: frames per second to embed, as I2VGen-XL does; None leaves it out.
         dropout: rate in the residual blocks and the temporal convolutions.
-        dtype: what the network computes in; parameters are float32.
+        attention: implementation, see `d4d_jax.models.attention.attend`.
+        remat: what is computed again in the backward pass: "none"; "blocks", the inside of every
+            residual block, temporal convolution and transformer; "dots", the same but for the
+            results of matrix products.
+        dtype: what the network computes in; parameters, the statistics of normalisations, softmax
+            and the last convolution are float32.
     """
 
     in_channels: int = 4
@@ -81,11 +81,16 @@ class SpatioTemporalUNet(nn.Module):
     temporal_conv: bool = True
     image_concat: str = "none"
     image_tokens: bool = False
+    image_embedding: bool = False
+    drop_image: bool = True
+    static_channels: int = 0
     camera_embedding: bool = True
     motion_embedding: bool = True
     motion_null: str = "learnt"
     fps: float | None = None
     dropout: float = 0.1
+    attention: str = "auto"
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -109,7 +114,7 @@ class SpatioTemporalUNet(nn.Module):
             ValueError: sizes that do not fit each other or the network, or a condition that the
                 network needs and did not get.
         """
-        self._check(x_t, conditioning)
+        self._check(x_t, timestep, conditioning)
         x_t, timestep = jnp.asarray(x_t), jnp.asarray(timestep)
         conditioning = jax.tree.map(jnp.asarray, conditioning)
         embedding = self._embed(x_t, timestep, conditioning)
@@ -119,11 +124,13 @@ class SpatioTemporalUNet(nn.Module):
         run = {"context": context, "train": train}
 
         x = convolution(channels[0], dtype=self.dtype, name="conv_in")(x)
+        if self.static_channels:
+            options = {"use_bias": False, "kernel_init": zeros, "dtype": self.dtype}
+            static = jnp.asarray(conditioning.static).astype(self.dtype)
+            x = x + convolution(channels[0], **options, name="static_in")(static)
         if self.init_heads:
-            mixer = lookup("temporal_mixer", self.temporal_mixer)
-            options = {"heads": self.init_heads, "head_dim": self.init_head_dim}
-            options |= {"groups": self.groups, "dtype": self.dtype}
-            x = mixer(**options, name="init_temporal")(x)
+            heads = {"heads": self.init_heads, "head_dim": self.init_head_dim}
+            x = self._blocks().mixer(**heads, name="init_temporal")(x)
         skips = [x]
         for i, width in enumerate(channels):
             attention = (i in self.attention_levels,) * self.blocks
@@ -137,24 +144,31 @@ class SpatioTemporalUNet(nn.Module):
             level = self._level(width, attention, "up" if i > 0 else None, f"up_{i}")
             taken = [skips.pop() for _ in attention]
             x, _ = level(x, embedding, taken, **run)
-        x = nn.silu(GroupNorm(groups=self.groups, dtype=self.dtype, name="norm_out")(x))
-        out = convolution(self.out_channels, dtype=self.dtype, kernel_init=zeros, name="conv_out")
-        return out(x).astype(jnp.float32)
+        # In float32: rounding here would be rounding the prediction.
+        x = nn.silu(GroupNorm(groups=self.groups, name="norm_out")(x))
+        return convolution(self.out_channels, kernel_init=zeros, name="conv_out")(x)
 
     def _level(
         self, channels: int, attention: tuple[bool, ...], resample: str | None, name: str
-    ) -> "Level":
+    ) -> Level:
         return Level(
             channels=channels,
-            attention=attention,
+            attends=attention,
             resample=resample,
             head_dim=self.head_dim,
-            groups=self.groups,
-            temporal_mixer=self.temporal_mixer,
             temporal_conv=self.temporal_conv,
-            dropout=self.dropout,
-            dtype=self.dtype,
+            blocks=self._blocks(),
             name=name,
+        )
+
+    def _blocks(self) -> Blocks:
+        return Blocks(
+            self.temporal_mixer,
+            self.groups,
+            self.dropout,
+            self.attention,
+            self.remat,
+            jnp.dtype(self.dtype),
         )
 
     def _embed(self, x_t: Array, timestep: Array, conditioning: Conditioning) -> Array:
@@ -180,16 +194,19 @@ class SpatioTemporalUNet(nn.Module):
         return embedding
 
     def _context(self, conditioning: Conditioning) -> Array | None:
-        """Text tokens, then image tokens, with dropped prompts replaced; (b n d)."""
+        """Tokens of the text, the image and its embedding, dropped ones replaced; (b n d)."""
         tokens = []
         if self.context_dim and conditioning.context is not None:
             text = conditioning.context
             null = conditioning.null_context
             tokens.append(_drop(text, conditioning.drop_prompt, 0.0 if null is None else null))
-        if self.context_dim and self.image_tokens:
-            image_tokens = ImageTokens(self.context_dim, self.dtype, name="image_tokens")
-            image = image_tokens(jnp.asarray(conditioning.image))
-            tokens.append(_drop(image, conditioning.drop_prompt, 0.0))
+        if self.image_tokens:
+            make = ImageTokens(self.context_dim, dtype=self.dtype, name="image_tokens")
+            image = make(jnp.asarray(conditioning.image))
+            tokens.append(_drop(image, self._image_mask(conditioning), 0.0))
+        if self.image_embedding:
+            make = ImageEmbedding(4 * self.width, dtype=self.dtype, name="image_embedding")
+            tokens.append(make(_drop(conditioning.image_embedding, conditioning.drop_prompt, 0.0)))
         if self.context_dim and not tokens:
             raise ValueError(
                 "The network attends to context tokens and got none: pass"
@@ -202,17 +219,31 @@ class SpatioTemporalUNet(nn.Module):
         if self.image_concat == "none":
             return x_t
         b, t, h, w, _ = x_t.shape
-        image = _drop(jnp.asarray(conditioning.image), conditioning.drop_prompt, 0.0)[:, None]
+        image = _drop(conditioning.image, self._image_mask(conditioning), 0.0)[:, None]
         position = (jnp.arange(t) / max(t - 1, 1)).reshape(1, t, 1, 1, 1)
-        if self.image_concat == "first":
+        if self.image_concat in ("first", "encoded"):
             image = jnp.where(position > 0, position, image)
+            if self.image_concat == "encoded":
+                image = ImageConcat(self.dtype, name="image_concat")(image.astype(self.dtype))
             return jnp.concatenate([x_t, image], axis=-1)
         image = jnp.broadcast_to(image, (b, t, *image.shape[2:]))
         position = jnp.broadcast_to(position, (b, t, h, w, 1))
         return jnp.concatenate([x_t, image, position], axis=-1)
 
-    def _check(self, x_t: AnyArray, conditioning: Conditioning) -> None:
+    def _image_mask(self, conditioning: Conditioning) -> AnyArray | None:
+        return conditioning.drop_prompt if self.drop_image else None
+
+    def _check(self, x_t: AnyArray, timestep: AnyArray, conditioning: Conditioning) -> None:
+        if x_t.ndim != 5:
+            raise ValueError(
+                "Latents are (clips, frames, height, width, channels); these have the shape"
+                f" {x_t.shape}."
+            )
         b, t, h, w, c = x_t.shape
+        if jnp.shape(timestep) != (b,):
+            raise ValueError(
+                f"The network needs timesteps ({b},), one for each clip; got {jnp.shape(timestep)}."
+            )
         factor = 2 ** (len(self.multipliers) - 1)
         if h % factor or w % factor:
             raise ValueError(
@@ -225,83 +256,41 @@ class SpatioTemporalUNet(nn.Module):
             )
         if self.image_concat not in IMAGE_CONCATS:
             raise ValueError(f"image_concat is one of {IMAGE_CONCATS}, not {self.image_concat!r}.")
-        if self.image_tokens and not self.context_dim:
-            raise ValueError("image_tokens makes context tokens and needs a context_dim above 0.")
-        camera, image = conditioning.camera, conditioning.image
-        if self.camera_embedding and (camera is None or camera.shape != (b, t, 4, 4)):
-            given = "none" if camera is None else f"cameras {camera.shape}"
+        if self.remat not in REMATS:
+            raise ValueError(f"remat is one of {tuple(REMATS)}, not {self.remat!r}.")
+        if (self.image_tokens or self.image_embedding) and not self.context_dim:
             raise ValueError(
-                f"The network needs cameras ({b}, {t}, 4, 4) for {t} frames; got {given}."
+                "image_tokens and image_embedding make context tokens and need a context_dim above"
+                " 0."
             )
-        if self.image_tokens or self.image_concat != "none":
-            if image is None or image.shape[:3] != (b, h, w):
-                given = "none" if image is None else f"one of shape {image.shape}"
-                raise ValueError(
-                    f"The network needs a reference latent ({b}, {h}, {w}, c); got {given}."
-                )
+        d, uses_image = self.context_dim, self.image_tokens or self.image_concat != "none"
+        static = (b, t, h, w, self.static_channels)
+        needed = {
+            "camera": ("cameras", self.camera_embedding, (b, t, 4, 4)),
+            "image": ("a reference latent", uses_image, (b, h, w, None)),
+            "image_embedding": ("a reference image's embedding", self.image_embedding, (b, d)),
+            "static": ("the latents of a static asset", self.static_channels, static),
+            "context": ("a context", d and conditioning.context is not None, (b, None, d)),
+        }
+        if d and conditioning.context is not None and conditioning.null_context is not None:
+            tokens = conditioning.context.shape[1]
+            needed["null_context"] = ("a null context", True, (b, tokens, d))
+        for name in ("motion", "drop_prompt", "drop_motion"):
+            used = getattr(conditioning, name) is not None
+            needed[name] = (f"a {name!r} for each clip", used, (b,))
+        for name, (thing, used, shape) in needed.items():
+            given = getattr(conditioning, name)
+            if used and (given is None or not _fits(given.shape, shape)):
+                sizes = ", ".join("any" if size is None else str(size) for size in shape)
+                got = "none" if given is None else f"{given.shape}"
+                raise ValueError(f"The network needs {thing} ({sizes}); got {got}.")
 
 
-class Level(nn.Module):
-    """The blocks of one resolution, then a resampler.
-
-    A block is a residual block with its temporal convolution and, where `attention` says so, a
-    spatial transformer and a temporal mixer, in this order.
-
-    Attributes:
-        channels: channels of every block.
-        attention: one flag for every block.
-        resample: "down", "up" or None.
-    """
-
-    channels: int
-    attention: tuple[bool, ...]
-    resample: str | None
-    head_dim: int
-    groups: int
-    temporal_mixer: str
-    temporal_conv: bool
-    dropout: float
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b t h w c"],
-        embedding: Float[Array, "b t e"],
-        skips: Sequence[Float[Array, "b t h w _"]] = (),
-        *,
-        context: Float[Array, "b n d"] | None,
-        train: bool,
-    ) -> tuple[Float[Array, "b t h2 w2 c2"], list[Array]]:
-        """Runs the level; `skips` (one for every block, or none) are concatenated behind x.
-
-        Returns the result and the outputs of all its parts, which the way up takes as skips.
-        """
-        norm = {"groups": self.groups, "dtype": self.dtype}
-        drop = {"dropout": self.dropout}
-        heads = {"heads": self.channels // self.head_dim, "head_dim": self.head_dim}
-        if self.channels % self.head_dim:
-            raise ValueError(
-                f"{self.channels} channels do not split into heads of {self.head_dim}."
-            )
-        mixer = lookup("temporal_mixer", self.temporal_mixer)
-        outputs = []
-        for j, attend in enumerate(self.attention):
-            if skips:
-                x = jnp.concatenate([x, skips[j]], axis=-1)
-            residual = ResidualBlock(self.channels, **drop, **norm, name=f"residual_{j}")
-            x = residual(x, embedding, train=train)
-            if self.temporal_conv:
-                x = TemporalConv(**drop, **norm, name=f"temporal_conv_{j}")(x, train=train)
-            if attend:
-                x = SpatialTransformer(**heads, **norm, name=f"spatial_{j}")(x, context)
-                x = mixer(**heads, **norm, name=f"temporal_{j}")(x)
-            outputs.append(x)
-        if self.resample is not None:
-            resampler = {"down": Downsample, "up": Upsample}[self.resample]
-            x = resampler(dtype=self.dtype, name=self.resample)(x)
-            outputs.append(x)
-        return x, outputs
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    """Whether a shape is the wanted one, where None stands for any size."""
+    return len(shape) == len(wanted) and all(
+        w in (None, n) for n, w in zip(shape, wanted, strict=True)
+    )
 
 
 def _drop(value: AnyArray, mask: AnyArray | None, replacement: ArrayLike) -> Array:
@@ -310,24 +299,3 @@ def _drop(value: AnyArray, mask: AnyArray | None, replacement: ArrayLike) -> Arr
     if mask is None:
         return value
     return jnp.where(jnp.reshape(mask, (-1,) + (1,) * (value.ndim - 1)), replacement, value)
-
-
-#: Named sets of fields: `SpatioTemporalUNet(**VARIANTS["tiny"])`. The class defaults are the
-#: paper-scale text network.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "text": {},
-    "tiny": {  # 24 x 8 x 8 latents of 48 channels: patches of 8 x 8 pixels, for training on a CPU
-        "in_channels": 48,
-        "out_channels": 48,
-        "width": 56,
-        "multipliers": (1, 1),
-        "blocks": 1,
-        "attention_levels": (1,),
-        "head_dim": 28,
-        "init_heads": 0,
-        "context_dim": 0,
-        "groups": 8,
-        "image_concat": "all",
-        "dropout": 0.0,
-    },
-}

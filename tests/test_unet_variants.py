@@ -1,0 +1,230 @@
+"""The networks of the paper's size, what was added to them, and how they are computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d4d_jax.models.conditioning import Conditioning
+from d4d_jax.models.image_conditioning import ImageTokens, adaptive_average
+from d4d_jax.models.unet import SpatioTemporalUNet
+from d4d_jax.models.variants import VARIANTS, expand
+
+REDUCED = {
+    "width": 16,
+    "multipliers": (1, 2),
+    "attention_levels": (0,),
+    "blocks": 1,
+    "head_dim": 8,
+    "init_heads": 2,
+    "init_head_dim": 8,
+    "context_dim": 12,
+    "groups": 4,
+    "dropout": 0.0,
+}
+I2V = VARIANTS["diffusion4d_i2v"] | REDUCED
+
+
+def conditions(b=2, t=3, h=4, w=4, width=12, **changes):
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    given = {
+        "context": normal(b, 5, width),
+        "camera": normal(b, t, 4, 4),
+        "image": normal(b, h, w, 4),
+        "image_embedding": normal(b, width),
+        "motion": jnp.linspace(3.0, 9.0, b),
+    }
+    return Conditioning(**given | changes)
+
+
+def inputs_of(conditioning, h=4, w=4):
+    b, t = conditioning.camera.shape[:2]
+    x = np.random.default_rng(0).normal(size=(b, t, h, w, 4))
+    return jnp.asarray(x, jnp.float32), jnp.full((b,), 321), conditioning
+
+
+def shapes_of(fields, inputs):
+    model = SpatioTemporalUNet(**fields)
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+def randomised(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(0, 0.2, s.shape), jnp.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def i2v():
+    inputs = inputs_of(conditions())
+    return randomised(shapes_of(I2V, inputs)), inputs
+
+
+def run(fields, params, inputs):
+    model = SpatioTemporalUNet(**fields)
+    return jax.jit(model.apply)({"params": params}, *inputs)
+
+
+@pytest.mark.parametrize(
+    ("variant", "published"),
+    [
+        ("videomv_t2v", 1_412_895_300),
+        ("videomv_i2v", 1_422_130_664),
+        # The motion MLP: 1 -> 1280 -> 1280, and the null embedding.
+        ("diffusion4d_t2v", 1_412_895_300 + 1280 + 1280 + 1280**2 + 1280 + 1280),
+        ("diffusion4d_i2v", 1_422_130_664 + 1280 + 1280 + 1280**2 + 1280 + 1280),
+    ],
+)
+def test_published_sizes(variant, published):
+    shapes = shapes_of(expand({"variant": variant}), inputs_of(conditions(1, 2, 8, 8, 1024), 8, 8))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == published
+
+
+def test_a_configuration_may_change_a_variant():
+    fields = expand({"variant": "small", "multipliers": [1, 2], "dropout": 0.0})
+    assert fields == VARIANTS["small"] | {"multipliers": (1, 2), "dropout": 0.0}
+    with pytest.raises(ValueError, match="Unknown network variant 'huge'; known: tiny, small"):
+        expand({"variant": "huge"})
+
+
+@pytest.mark.parametrize("name", ["context", "image", "image_embedding", "camera", "motion"])
+def test_every_condition_has_an_effect(i2v, name):
+    params, (x, t, conditioning) = i2v
+    changed = dataclasses.replace(conditioning, **{name: getattr(conditioning, name) + 1.0})
+    difference = run(I2V, params, (x, t, changed)) - run(I2V, params, (x, t, conditioning))
+    assert jnp.abs(difference).max() > 1e-3
+
+
+def test_the_unconditional_branch_keeps_the_image_and_drops_its_embedding(i2v):
+    """As VideoMV has it: negative text, a zero embedding, the same latent and cameras."""
+    params, (x, t, conditioning) = i2v
+    null = conditioning.context[::-1]
+    dropped = dataclasses.replace(conditioning, null_context=null).without_prompt()
+    spelt = dataclasses.replace(
+        conditioning,
+        context=null,
+        image_embedding=jnp.zeros_like(conditioning.image_embedding),
+        drop_motion=jnp.ones((2,), bool),
+    )
+    found, expected = (run(I2V, params, (x, t, c)) for c in (dropped, spelt))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_additions_leave_a_loaded_network_as_it_is():
+    """Motion, and a static asset as four more channels: nothing changes before they are trained."""
+    base = VARIANTS["videomv_i2v"] | REDUCED
+    grown = base | {"motion_embedding": True, "static_channels": 4}
+    static = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 4, 4, 4)), jnp.float32)
+    inputs = inputs_of(conditions(static=static))
+    loaded = randomised(shapes_of(base, inputs))
+    model = SpatioTemporalUNet(**grown)
+    start = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
+    assert set(start) - set(loaded) == {"motion_embedding", "static_in"}
+    assert start["static_in"]["kernel"].shape == (3, 3, 4, 16)
+    expected = run(base, loaded, inputs)
+    np.testing.assert_allclose(run(grown, start | loaded, inputs), expected, atol=1e-6)
+    trained = start | loaded | {"static_in": randomised(start["static_in"])}
+    assert jnp.abs(run(grown, trained, inputs) - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("remat", ["blocks", "dots"])
+def test_rematerialisation_changes_memory_and_nothing_else(i2v, remat):
+    params, inputs = i2v
+
+    def gradient_of(fields):
+        model = SpatioTemporalUNet(**fields)
+        rngs = {"dropout": jax.random.key(3)}
+
+        def loss(params):
+            return jnp.sum(model.apply({"params": params}, *inputs, train=True, rngs=rngs) ** 2)
+
+        return jax.jit(jax.grad(loss)).lower(params).compile()
+
+    dropping = I2V | {"dropout": 0.3}
+    plain, saving = gradient_of(dropping), gradient_of(dropping | {"remat": remat})
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max())
+        ),
+        saving(params),
+        plain(params),
+    )
+
+
+def test_half_precision_is_close_and_parameters_stay_whole(i2v):
+    params, inputs = i2v
+    expected = run(I2V, params, inputs)
+    half = I2V | {"dtype": jnp.bfloat16}
+    found = run(half, params, inputs)
+    assert found.dtype == jnp.float32
+    assert (found != found.astype(jnp.bfloat16).astype(jnp.float32)).any()  # not rounded again
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes_of(half, inputs))} == {
+        jnp.dtype("float32")
+    }
+    error = jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)
+    assert 1e-4 < error < 0.05
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (40, 56), (5, 64)])
+def test_adaptive_average_covers_the_image_as_torch_does(size):
+    """Each box by its definition; parity with torch's own is part of the networks' parity."""
+    h, w = size
+    x = np.random.default_rng(0).normal(size=(1, h, w, 2)).astype(np.float32)
+    found = adaptive_average(jnp.asarray(x), 32)
+    for i, j in [(0, 0), (5, 17), (31, 31)]:
+        rows = slice(i * h // 32, -(-(i + 1) * h // 32))
+        columns = slice(j * w // 32, -(-(j + 1) * w // 32))
+        np.testing.assert_allclose(found[0, i, j], x[0, rows, columns].mean((0, 1)), atol=1e-5)
+
+
+def test_an_image_makes_sixty_four_tokens_whatever_its_size():
+    module = ImageTokens(5)
+    for size in ((8, 8), (32, 32), (32, 64)):
+        image = jnp.ones((2, *size, 4))
+        tokens, _ = jax.eval_shape(module.init_with_output, jax.random.key(0), image)
+        assert tokens.shape == (2, 64, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"context": jnp.zeros((2, 5, 7))}, r"a context \(2, any, 12\); got \(2, 5, 7\)"),
+        ({"image_embedding": None}, r"image's embedding \(2, 12\); got none"),
+        ({"image_embedding": jnp.zeros((2, 9))}, r"embedding \(2, 12\); got \(2, 9\)"),
+        ({"static": None}, r"static asset \(2, 3, 4, 4, 4\); got none"),
+        ({"null_context": jnp.zeros((2, 6, 12))}, r"null context \(2, 5, 12\); got \(2, 6, 12\)"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_named(changes, sentence):
+    given = {"static": jnp.zeros((2, 3, 4, 4, 4))} | changes
+    with pytest.raises(ValueError, match=sentence):
+        shapes_of(I2V | {"static_channels": 4}, inputs_of(conditions(**given)))
+
+
+@pytest.mark.parametrize("name", ["motion", "drop_prompt", "drop_motion"])
+def test_one_number_for_each_clip_is_asked_for(name):
+    """A Conditioning of one clip for latents of two, whose other conditions were repeated."""
+    one = jnp.ones((1,), jnp.float32 if name == "motion" else bool)
+    x, t, conditioning = inputs_of(conditions())
+    object.__setattr__(conditioning, name, one)  # past the check of annotations in these tests
+    with pytest.raises(ValueError, match=rf"needs a '{name}' for each clip \(2\); got \(1,\)"):
+        shapes_of(I2V, (x, t, conditioning))
+
+
+def test_latents_and_timesteps_of_other_ranks_are_named():
+    x, t, conditioning = inputs_of(conditions())
+    check = SpatioTemporalUNet(**I2V)._check
+    with pytest.raises(ValueError, match=r"frames, .* have the shape \(3, 4, 4, 4\)"):
+        check(x[0], t, conditioning)
+    with pytest.raises(ValueError, match=r"needs timesteps \(2,\), one for each clip; got \(\)"):
+        check(x, t[0], conditioning)
+
+
+def test_unknown_ways_of_computing_are_named():
+    with pytest.raises(ValueError, match=r"remat is one of .* not 'some'"):
+        shapes_of(I2V | {"remat": "some"}, inputs_of(conditions()))
