@@ -170,6 +170,18 @@ def test_a_larger_clip_has_larger_activations_and_the_same_parameters():
     assert large["temporaries_mb"] > 8 * small["temporaries_mb"]
 
 
+def test_recomputing_blocks_saves_less_for_the_backward_pass():
+    def saved(n, **fields):
+        network = SpatioTemporalUNet(**FIELDS | fields)
+        shape = Shape(2, n)
+        params = denoisers.abstract_params(network, shape)
+        return memory.saved_mb(network, params, denoisers.example(network, shape))
+
+    none, dots, blocks = (saved(16, remat=each) for each in ("none", "dots", "blocks"))
+    assert 2 * blocks < dots < none
+    assert saved(16) > 3.5 * saved(8) > 0  # activations alone: parameters are not counted
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

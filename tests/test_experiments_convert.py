@@ -94,7 +94,7 @@ def test_model_files_are_sources(tmp_path):
 
 
 def test_training_runs_are_sources(tmp_path):
-    state, _ = run_toy(tmp_path / "run", 3)
+    state = run_toy(tmp_path / "run", 3)
     target = tmp_path / "out.safetensors"
     result = run_binary("convert", f"--source={tmp_path / 'run'}", f"--target={target}")
     assert result.returncode == 0, result.stderr

@@ -1,6 +1,7 @@
 """The networks of the paper's size, what was added to them, and how they are computed."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +66,13 @@ def i2v():
     return randomised(shapes_of(I2V, inputs)), inputs
 
 
+@functools.cache
+def compiled(model):
+    return jax.jit(model.apply)
+
+
 def run(fields, params, inputs):
-    model = SpatioTemporalUNet(**fields)
-    return jax.jit(model.apply)({"params": params}, *inputs)
+    return compiled(SpatioTemporalUNet(**fields))({"params": params}, *inputs)
 
 
 @pytest.mark.parametrize(
@@ -132,28 +137,38 @@ def test_additions_leave_a_loaded_network_as_it_is():
     assert jnp.abs(run(grown, trained, inputs) - expected).max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["blocks", "dots"])
-def test_rematerialisation_changes_memory_and_nothing_else(i2v, remat):
-    params, inputs = i2v
+#: Every kind of layer once: one level, and transformers in the middle alone.
+LEAN = I2V | {"multipliers": (1,), "attention_levels": (), "init_heads": 0, "dropout": 0.3}
 
-    def gradient_of(fields):
-        model = SpatioTemporalUNet(**fields)
+
+def test_rematerialisation_changes_what_is_kept_and_nothing_else():
+    inputs = inputs_of(conditions())
+    params = randomised(shapes_of(LEAN, inputs))
+
+    def loss_of(remat):
+        model = SpatioTemporalUNet(**LEAN | {"remat": remat})
         rngs = {"dropout": jax.random.key(3)}
+        return lambda params: jnp.sum(
+            model.apply({"params": params}, *inputs, train=True, rngs=rngs) ** 2
+        )
 
-        def loss(params):
-            return jnp.sum(model.apply({"params": params}, *inputs, train=True, rngs=rngs) ** 2)
+    def kept(remat):
+        """Numbers that the forward pass keeps for the backward pass."""
+        backward = jax.eval_shape(lambda params: jax.vjp(loss_of(remat), params)[1], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
-        return jax.jit(jax.grad(loss)).lower(params).compile()
-
-    dropping = I2V | {"dropout": 0.3}
-    plain, saving = gradient_of(dropping), gradient_of(dropping | {"remat": remat})
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max())
-        ),
-        saving(params),
-        plain(params),
+    assert kept("blocks") < kept("dots") < 0.6 * kept("none")
+    expected, blocks, dots = (
+        jax.jit(jax.grad(loss_of(remat)))(params) for remat in ("none", "blocks", "dots")
     )
+    for found in (blocks, dots):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(
+                a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max())
+            ),
+            found,
+            expected,
+        )
 
 
 def test_half_precision_is_close_and_parameters_stay_whole(i2v):

@@ -114,28 +114,22 @@ def to_ours(
     wanted = {name for name, _ in places.values()}
     prefix, names, outside = _names(state, table, wanted, problems)
     shapes = shapes_of(state)
-    sources: dict[str, tuple[str, Layout]] = {}
     new = []
+    sources: dict[str, tuple[str, Layout]] = {}
     for path, leaf in template.items():
-        if path not in places and not _matches(path, allow_new):
-            problems.append(f"{path} {_show(leaf.shape)} has no name in this format")
-        elif path in places and places[path][0] in names:
+        if path in places and places[path][0] in names:
             name, layout = places[path]
-            expected = _whole(layout, layout.foreign_shape(tuple(leaf.shape)))
-            given = shapes[names[name]]
-            if expected != given:
-                problems.append(
-                    f"{names[name]} is {_show(given)} instead of {_show(expected)}, for"
-                    f" {path} {_show(leaf.shape)}"
-                )
             sources[path] = names[name], layout
+            problems += _misfit(names[name], shapes[names[name]], path, leaf, layout)
         elif _matches(path, allow_new):
             new.append(path)
             if not hasattr(leaf, "__array__"):
                 problems.append(f"{path} {_show(leaf.shape)} is new and has no initial values")
-        else:
+        elif path in places:
             name = prefix + places[path][0]
             problems.append(f"{name} is missing, for {path} {_show(leaf.shape)}")
+        else:
+            problems.append(f"{path} {_show(leaf.shape)} has no name in this format")
     unknown = [name for name in names if name not in wanted and not table.is_unused(name)]
     problems += [f"{names[name]} {_show(shapes[names[name]])} is unknown" for name in unknown]
     if problems:
@@ -145,11 +139,7 @@ def to_ours(
         if path not in sources:
             return np.asarray(template[path], np.float32)
         name, layout = sources[path]
-        tensor = np.asarray(state[name])
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise ValueError(
-                f"{source} has {name} as {tensor.dtype}: quantised weights do not fit."
-            )
+        tensor = _floating(np.asarray(state[name]), f"{source} has {name}")
         return layout.to_ours(tensor).astype(np.float32, copy=False)
 
     used = {name for name, _ in sources.values()}
@@ -184,20 +174,8 @@ def to_foreign(
     kept = {path: shape for path, shape in shapes.items() if path not in dropped}
     places, problems = _places(kept, table)
     if template is not None:
-        wanted = shapes_of(template)
-        wanted = {path: shape for path, shape in wanted.items() if not _matches(path, drop)}
-        problems += [
-            f"{path} {_show(shape)} is missing"
-            if path not in kept
-            else f"{path} is {_show(kept[path])} instead of {_show(shape)}"
-            for path, shape in wanted.items()
-            if kept.get(path) != shape
-        ]
-        problems += [
-            f"{path} {_show(kept[path])} is unknown to the network"
-            for path in places
-            if path not in wanted
-        ]
+        wanted = {p: s for p, s in shapes_of(template).items() if not _matches(p, drop)}
+        problems += _differences({path: kept[path] for path in places}, wanted)
     for path in kept.keys() - places.keys():
         problems.append(f"{path} {_show(kept[path])} has no name in this format")
     parts: dict[str, list[tuple[int, str, Layout]]] = defaultdict(list)
@@ -262,6 +240,35 @@ def _places(paths: Iterable[str], table: Table) -> tuple[dict[str, tuple[str, La
                 f" {', '.join(paths)}"
             )
     return places, problems
+
+
+def _misfit(name: str, given: Shape, path: str, leaf: Any, layout: Layout) -> list[str]:
+    """What is wrong with the shape of a foreign tensor, for a leaf of ours."""
+    expected = _whole(layout, layout.foreign_shape(tuple(leaf.shape)))
+    if expected == given:
+        return []
+    return [
+        f"{name} is {_show(given)} instead of {_show(expected)}, for {path} {_show(leaf.shape)}"
+    ]
+
+
+def _floating(tensor: np.ndarray, what: str) -> np.ndarray:
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise ValueError(f"{what} as {tensor.dtype}: quantised weights do not fit.")
+    return tensor
+
+
+def _differences(given: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> list[str]:
+    """What distinguishes our leaves from those of the network."""
+    differences = []
+    for path, shape in {**wanted, **given}.items():
+        if path not in wanted:
+            differences.append(f"{path} {_show(shape)} is unknown to the network")
+        elif path not in given:
+            differences.append(f"{path} {_show(shape)} is missing")
+        elif shape != wanted[path]:
+            differences.append(f"{path} is {_show(shape)} instead of {_show(wanted[path])}")
+    return differences
 
 
 def _names(

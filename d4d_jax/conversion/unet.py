@@ -68,6 +68,32 @@ def _residual(norm: str, conv: str, norm_2: str, conv_2: str, embedding: str, sk
     )
 
 
+_VIDEOMV_RESIDUAL = _residual(
+    *("in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3"),
+    embedding="emb_layers.1",
+    skip="skip_connection",
+)
+_LINEAR_TRANSFORMER = _transformer(DENSE)
+_CONV_TRANSFORMER = _transformer(layer(LINEAR_1))
+_VIDEOMV_CONDITIONS = (
+    Rule("time_embedding", "time_embed", _MLP),
+    Rule("(camera|fps)_embedding", r"\1_embedding", _MLP),
+    Rule("image_embedding", "context_embedding", _MLP),
+    Rule("image_tokens", "local_image_embedding", _IMAGE_TOKENS),
+    Rule("image_concat", "local_image_concat", _IMAGE_CONCAT),
+    Rule(
+        "image_concat/temporal",
+        "local_temporal_encoder.layers.0",
+        (
+            Rule("norm", "0.norm", NORM),
+            Rule("attention", "0.fn", (*fused("to_qkv.weight"), Rule("out", "to_out.0", DENSE))),
+            Rule("feed_forward/linear_1", "1.net.0.0", DENSE),
+            Rule("feed_forward/linear_2", "1.net.2", DENSE),
+        ),
+    ),
+)
+
+
 def videomv(paths: Iterable[str]) -> Table:
     """The table of VideoMV's `UNetSD_T2VBase` and `UNetSD_I2VGen`.
 
@@ -79,23 +105,6 @@ def videomv(paths: Iterable[str]) -> Table:
     levels = _count(paths, r"down_(\d+)/")
     blocks = _count(paths, r"down_0/residual_(\d+)/")
     attending = {int(m[1]) for path in paths if (m := re.match(r"up_(\d+)/spatial_0/", path))}
-    residual = _residual(
-        *("in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3"),
-        embedding="emb_layers.1",
-        skip="skip_connection",
-    )
-    spatial, temporal = _transformer(DENSE), _transformer(layer(LINEAR_1))
-
-    def level(ours: str, name: Callable[..., str]) -> Rules:
-        def inside(place: str) -> Callable[..., str]:
-            return lambda *numbers: f"{name(*numbers)}.{place}"
-
-        return (
-            Rule(rf"{ours}/residual_(\d+)", inside("0"), residual),
-            Rule(rf"{ours}/temporal_conv_(\d+)", inside("0.temopral_conv"), _TEMPORAL_CONV),  # sic
-            Rule(rf"{ours}/spatial_(\d+)", inside("1"), spatial),
-            Rule(rf"{ours}/temporal_(\d+)", inside("2"), temporal),
-        )
 
     def down(i: int, j: int) -> str:
         return f"input_blocks.{1 + i * (blocks + 1) + j}"
@@ -106,45 +115,43 @@ def videomv(paths: Iterable[str]) -> Table:
     def upsample(i: int) -> str:
         return f"{up(i, blocks)}.{3 if i in attending else 1}.conv"
 
+    def middle(place: str) -> Callable[[int], str]:
+        return lambda j: f"middle_block.{3 * j}{place}"
+
     # VideoMV adds the image to the input of the first convolution twice, and its weights expect
     # that. Here, as in diffusers, it is there once, and those input channels count twice.
     doubled = Layout(axes=CONV.axes, doubled=(4, 8))
     has_image = any(path.startswith("image_concat/") for path in paths)
-    attention = (*fused("to_qkv.weight"), Rule("out", "to_out.0", DENSE))
     return Table(
         rules=(
             Rule("conv_in", "input_blocks.0.0", layer(doubled if has_image else CONV)),
-            Rule("init_temporal", "input_blocks.0.1", temporal),
-            *level(r"down_(\d+)", down),
+            Rule("init_temporal", "input_blocks.0.1", _CONV_TRANSFORMER),
+            *_videomv_level(r"down_(\d+)", down),
             Rule(r"down_(\d+)/down/conv", lambda i: f"{down(i, blocks)}.op", CONVOLUTION),
-            Rule(r"mid/residual_(\d)", lambda j: f"middle_block.{3 * j}", residual),
-            Rule(
-                r"mid/temporal_conv_(\d)",
-                lambda j: f"middle_block.{3 * j}.temopral_conv",
-                _TEMPORAL_CONV,
-            ),
-            Rule("mid/spatial_0", "middle_block.1", spatial),
-            Rule("mid/temporal_0", "middle_block.2", temporal),
-            *level(r"up_(\d+)", up),
+            Rule(r"mid/residual_(\d)", middle(""), _VIDEOMV_RESIDUAL),
+            Rule(r"mid/temporal_conv_(\d)", middle(".temopral_conv"), _TEMPORAL_CONV),
+            Rule("mid/spatial_0", "middle_block.1", _LINEAR_TRANSFORMER),
+            Rule("mid/temporal_0", "middle_block.2", _CONV_TRANSFORMER),
+            *_videomv_level(r"up_(\d+)", up),
             Rule(r"up_(\d+)/up/conv", upsample, CONVOLUTION),
             Rule("norm_out", "out.0", NORM),
             Rule("conv_out", "out.2", CONVOLUTION),
-            Rule("time_embedding", "time_embed", _MLP),
-            Rule("(camera|fps)_embedding", r"\1_embedding", _MLP),
-            Rule("image_embedding", "context_embedding", _MLP),
-            Rule("image_tokens", "local_image_embedding", _IMAGE_TOKENS),
-            Rule("image_concat", "local_image_concat", _IMAGE_CONCAT),
-            Rule(
-                "image_concat/temporal",
-                "local_temporal_encoder.layers.0",
-                (
-                    Rule("norm", "0.norm", NORM),
-                    Rule("attention", "0.fn", attention),
-                    Rule("feed_forward/linear_1", "1.net.0.0", DENSE),
-                    Rule("feed_forward/linear_2", "1.net.2", DENSE),
-                ),
-            ),
+            *_VIDEOMV_CONDITIONS,
         )
+    )
+
+
+def _videomv_level(ours: str, name: Callable[[int, int], str]) -> Rules:
+    """Rules of the blocks of a level; `name` numbers them."""
+
+    def inside(place: str) -> Callable[[int, int], str]:
+        return lambda i, j: f"{name(i, j)}.{place}"
+
+    return (
+        Rule(rf"{ours}/residual_(\d+)", inside("0"), _VIDEOMV_RESIDUAL),
+        Rule(rf"{ours}/temporal_conv_(\d+)", inside("0.temopral_conv"), _TEMPORAL_CONV),  # sic
+        Rule(rf"{ours}/spatial_(\d+)", inside("1"), _LINEAR_TRANSFORMER),
+        Rule(rf"{ours}/temporal_(\d+)", inside("2"), _CONV_TRANSFORMER),
     )
 
 
@@ -161,18 +168,17 @@ def diffusers(paths: Iterable[str]) -> Table:
     residual = _residual(
         *("norm1", "conv1", "norm2", "conv2"), embedding="time_emb_proj", skip="conv_shortcut"
     )
-    transformer = _transformer(DENSE)
     level = (
         Rule(r"residual_(\d+)", r"resnets.\1", residual),
         Rule(r"temporal_conv_(\d+)", r"temp_convs.\1", _TEMPORAL_CONV),
-        Rule(r"spatial_(\d+)", r"attentions.\1", transformer),
-        Rule(r"temporal_(\d+)", r"temp_attentions.\1", transformer),
+        Rule(r"spatial_(\d+)", r"attentions.\1", _LINEAR_TRANSFORMER),
+        Rule(r"temporal_(\d+)", r"temp_attentions.\1", _LINEAR_TRANSFORMER),
         Rule("(down|up)/conv", r"\1samplers.0.conv", CONVOLUTION),
     )
     return Table(
         rules=(
             Rule("conv_in", "conv_in", CONVOLUTION),
-            Rule("init_temporal", "transformer_in", transformer),
+            Rule("init_temporal", "transformer_in", _LINEAR_TRANSFORMER),
             Rule(r"down_(\d+)", r"down_blocks.\1", level),
             Rule("mid", "mid_block", level),
             Rule(r"up_(\d+)", lambda i: f"up_blocks.{levels - 1 - i}", level),

@@ -1,8 +1,8 @@
 """Reads files of named arrays, those of torch included, without torch and without running them.
 
 torch writes a state dict as a pickle, and a pickle may call any function by name. Here names are
-resolved by a table that holds the few which a state dict of dense tensors consists of, and none of
-them does more than to note a tensor's place in the file; anything else is refused.
+resolved by a table that holds the few which files of dense tensors consist of, and none of them
+does more than to note a tensor's place in the file; anything else is refused.
 """
 
 import collections
@@ -11,6 +11,7 @@ import pathlib
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
@@ -22,6 +23,11 @@ _DTYPES = {
     "HalfStorage": np.dtype("<f2"),
     "BFloat16Storage": np.dtype(jnp.bfloat16),
     "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
 }
 _MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -30,12 +36,14 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of a .pth, .npz or .safetensors file by name.
 
     Both layouts of torch are known: the zip archive and the older sequence of pickles. Their arrays
-    are views of the mapped file, so that those nobody asks for are never read from the disk.
+    are views of the mapped file, so that those nobody asks for are never read from the disk. Those
+    of nested dicts get names with dots, as "state_dict.features.0.weight"; numbers and texts beside
+    them are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of these formats, is damaged, holds something else than named dense
-            arrays, or names a function that a state dict has no use for.
+        ValueError: it is none of these formats, is damaged, holds no named dense arrays, or names a
+            function that a state dict has no use for.
         ImportError: a .safetensors file without the package safetensors.
     """
     path = pathlib.Path(path)
@@ -79,8 +87,9 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         archived = file.read(4) == b"PK\3\4"
         file.seek(0)
         tensors, places = (_archive if archived else _sequence)(file)
-    if not isinstance(tensors, dict) or not all(isinstance(t, _Tensor) for t in tensors.values()):
-        raise ValueError("it holds other things than tensors; save the state dict alone.")
+    named = dict(_named(tensors))
+    if not named:
+        raise ValueError("it holds no dict of tensors.")
     data = np.memmap(path, np.uint8, "r")
 
     def view(tensor: _Tensor) -> np.ndarray:
@@ -93,7 +102,16 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         buffer = data[begin : begin + size]
         return np.ndarray(tensor.shape, tensor.dtype, buffer, item * tensor.offset, strides)
 
-    return {str(name): view(tensor) for name, tensor in tensors.items()}
+    return {name: view(tensor) for name, tensor in named.items()}
+
+
+def _named(value: Any, name: str = "") -> Iterator[tuple[str, _Tensor]]:
+    """The tensors of nested dicts by their keys, joined with dots."""
+    if isinstance(value, _Tensor) and name:
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _named(inner, f"{name}.{key}" if name else str(key))
 
 
 def _archive(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
@@ -137,6 +155,25 @@ def _sequence(file: BinaryIO) -> tuple[Any, dict[str, tuple[int, int]]]:
     return tensors, places
 
 
+class _Ignored:
+    """Takes the place of what checkpoints hold beside tensors; does nothing."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+#: What Lightning's checkpoints, as those of Stable Diffusion, refer to beside tensors.
+_IGNORED = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+
+
 class _Unpickler(pickle.Unpickler):
     """Resolves the names of `self.known` only. Nothing in it is shared with other files."""
 
@@ -153,6 +190,7 @@ class _Unpickler(pickle.Unpickler):
             "torch._utils._rebuild_tensor_v2": tensor,
             "torch._utils._rebuild_parameter": lambda data, *_: data,
             **{f"torch.{name}": name for name in _DTYPES},
+            **dict.fromkeys(_IGNORED, _Ignored),
         }
 
     def find_class(self, module: str, name: str) -> Any:

@@ -48,7 +48,7 @@ class Blocks:
 
     def mixer(self, *, heads: int, head_dim: int, name: str) -> nn.Module:
         """A temporal mixer."""
-        mixer = lookup("temporal_mixer", self.temporal_mixer)
+        mixer: Any = lookup("temporal_mixer", self.temporal_mixer)
         options = self._norm
         if "attention" in {field.name for field in dataclasses.fields(mixer)}:
             options |= {"attention": self.attention}

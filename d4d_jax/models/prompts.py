@@ -158,13 +158,14 @@ def _image(prompt: Prompt) -> AnyArray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _text_states(variant: str, params: PyTree, tokens: Int[Array, "b n"]) -> Array:
-    return clip.TextEncoder(**_sizes(variant, "text")).apply({"params": params}, tokens)
+    tower = clip.TextEncoder(**_sizes(variant, "text"))
+    return jnp.asarray(tower.apply({"params": params}, tokens))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _image_embedding(variant: str, params: PyTree, image: Float[Array, "b h w 3"]) -> Array:
     tower = clip.ImageEncoder(**_sizes(variant, "image"))
-    return tower.apply({"params": params}, clip.preprocess_image(image, tower.size))
+    return jnp.asarray(tower.apply({"params": params}, clip.preprocess_image(image, tower.size)))
 
 
 def _sizes(variant: str, tower: str) -> dict[str, Any]:

@@ -206,7 +206,8 @@ class SpatioTemporalUNet(nn.Module):
             tokens.append(_drop(image, self._image_mask(conditioning), 0.0))
         if self.image_embedding:
             make = ImageEmbedding(4 * self.width, dtype=self.dtype, name="image_embedding")
-            tokens.append(make(_drop(conditioning.image_embedding, conditioning.drop_prompt, 0.0)))
+            embedding = jnp.asarray(conditioning.image_embedding)
+            tokens.append(make(_drop(embedding, conditioning.drop_prompt, 0.0)))
         if self.context_dim and not tokens:
             raise ValueError(
                 "The network attends to context tokens and got none: pass"
@@ -219,7 +220,8 @@ class SpatioTemporalUNet(nn.Module):
         if self.image_concat == "none":
             return x_t
         b, t, h, w, _ = x_t.shape
-        image = _drop(conditioning.image, self._image_mask(conditioning), 0.0)[:, None]
+        image = jnp.asarray(conditioning.image)
+        image = _drop(image, self._image_mask(conditioning), 0.0)[:, None]
         position = (jnp.arange(t) / max(t - 1, 1)).reshape(1, t, 1, 1, 1)
         if self.image_concat in ("first", "encoded"):
             image = jnp.where(position > 0, position, image)

@@ -264,7 +264,9 @@ def diffusers(
     torch.set_num_threads(measure.threads())
     torch.manual_seed(0)
     kind = torch.bfloat16 if half else torch.float32
-    model = torch_model(fields).to(device, torch.float32 if "step" in names else kind)
+    model = torch_model(fields).to(device)
+    if half and "step" not in names:
+        model.to(kind)
     weights = list(model.parameters())
     run = torch.compile(model, dynamic=False) if compiled else model
     (t, n), channels = shape, model.config["in_channels"]
