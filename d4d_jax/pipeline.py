@@ -226,7 +226,10 @@ _VOCABULARIES = ("bpe_simple_vocab_16e6.txt.gz", "tokenizer.json", "vocab.json")
 def _from_folder(cls: type[OrbitPipeline], folder: Path) -> OrbitPipeline:
     weights = folder / "network.safetensors"
     if not weights.is_file():
-        raise FileNotFoundError(f"{folder} is no model: it has no network.safetensors.")
+        raise FileNotFoundError(
+            f"{folder} is no model and not the workdir of a training run: it has neither"
+            " network.safetensors nor checkpoints."
+        )
     config = _folder_config(folder, weights)
     params, codec_params = (
         conversion.load(folder / f"{name}.safetensors") for name in ("network", "codec")

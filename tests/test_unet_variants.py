@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from d4d_jax.models import layers
 from d4d_jax.models.conditioning import Conditioning
 from d4d_jax.models.image_conditioning import ImageTokens, adaptive_average
 from d4d_jax.models.unet import SpatioTemporalUNet
@@ -111,64 +112,53 @@ def test_the_unconditional_branch_keeps_the_image_and_drops_its_embedding(i2v):
     null = conditioning.context[::-1]
     dropped = dataclasses.replace(conditioning, null_context=null).without_prompt()
     spelt = dataclasses.replace(
-        conditioning,
+        dropped,
         context=null,
         image_embedding=jnp.zeros_like(conditioning.image_embedding),
-        drop_motion=jnp.ones((2,), bool),
+        drop_prompt=jnp.zeros((2,), bool),
     )
     found, expected = (run(I2V, params, (x, t, c)) for c in (dropped, spelt))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_additions_leave_a_loaded_network_as_it_is():
+#: With REDUCED every kind of layer once: one level, and transformers in the middle alone.
+LEAN = {"multipliers": (1,), "attention_levels": (), "init_heads": 0}
+
+
+@pytest.mark.parametrize("variant", ["t2v", "i2v"])
+def test_additions_leave_a_loaded_network_as_it_is(variant):
     """Motion, and a static asset as four more channels: nothing changes before they are trained."""
-    base = VARIANTS["videomv_i2v"] | REDUCED
-    grown = base | {"motion_embedding": True, "static_channels": 4}
+    base = VARIANTS[f"videomv_{variant}"] | REDUCED | LEAN
+    grown = VARIANTS[f"diffusion4d_{variant}"] | REDUCED | LEAN | {"static_channels": 4}
     static = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 4, 4, 4)), jnp.float32)
     inputs = inputs_of(conditions(static=static))
     loaded = randomised(shapes_of(base, inputs))
-    model = SpatioTemporalUNet(**grown)
-    start = jax.jit(model.init)(jax.random.key(0), *inputs)["params"]
+    key = jax.random.key(0, impl="rbg")  # compiles faster
+    start = jax.jit(SpatioTemporalUNet(**grown).init)(key, *inputs)["params"]
     assert set(start) - set(loaded) == {"motion_embedding", "static_in"}
     assert start["static_in"]["kernel"].shape == (3, 3, 4, 16)
     expected = run(base, loaded, inputs)
     np.testing.assert_allclose(run(grown, start | loaded, inputs), expected, atol=1e-6)
-    trained = start | loaded | {"static_in": randomised(start["static_in"])}
-    assert jnp.abs(run(grown, trained, inputs) - expected).max() > 1e-3
+    for name in ("motion_embedding", "static_in"):
+        trained = start | loaded | {name: randomised(start[name])}
+        assert jnp.abs(run(grown, trained, inputs) - expected).max() > 1e-3
 
 
-#: Every kind of layer once: one level, and transformers in the middle alone.
-LEAN = I2V | {"multipliers": (1,), "attention_levels": (), "init_heads": 0, "dropout": 0.3}
-
-
-def test_rematerialisation_changes_what_is_kept_and_nothing_else():
+def test_rematerialisation_keeps_less_for_the_backward_pass():
+    """That gradients stay the same is tested on one level."""
     inputs = inputs_of(conditions())
-    params = randomised(shapes_of(LEAN, inputs))
-
-    def loss_of(remat):
-        model = SpatioTemporalUNet(**LEAN | {"remat": remat})
-        rngs = {"dropout": jax.random.key(3)}
-        return lambda params: jnp.sum(
-            model.apply({"params": params}, *inputs, train=True, rngs=rngs) ** 2
-        )
+    fields = VARIANTS["diffusion4d_i2v"] | REDUCED | LEAN
+    params = randomised(shapes_of(fields, inputs))
 
     def kept(remat):
-        """Numbers that the forward pass keeps for the backward pass."""
-        backward = jax.eval_shape(lambda params: jax.vjp(loss_of(remat), params)[1], params)
-        return sum(leaf.size for leaf in jax.tree.leaves(backward))
+        model = SpatioTemporalUNet(**fields | {"remat": remat})
+
+        def backward(params):
+            return jax.vjp(lambda p: model.apply({"params": p}, *inputs), params)[1]
+
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(backward, params)))
 
     assert kept("blocks") < kept("dots") < 0.6 * kept("none")
-    expected, blocks, dots = (
-        jax.jit(jax.grad(loss_of(remat)))(params) for remat in ("none", "blocks", "dots")
-    )
-    for found in (blocks, dots):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(
-                a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(b).max())
-            ),
-            found,
-            expected,
-        )
 
 
 def test_half_precision_is_close_and_parameters_stay_whole(i2v):
@@ -212,7 +202,6 @@ def test_an_image_makes_sixty_four_tokens_whatever_its_size():
         ({"image_embedding": None}, r"image's embedding \(2, 12\); got none"),
         ({"image_embedding": jnp.zeros((2, 9))}, r"embedding \(2, 12\); got \(2, 9\)"),
         ({"static": None}, r"static asset \(2, 3, 4, 4, 4\); got none"),
-        ({"null_context": jnp.zeros((2, 6, 12))}, r"null context \(2, 5, 12\); got \(2, 6, 12\)"),
     ],
 )
 def test_conditions_that_do_not_fit_are_named(changes, sentence):
@@ -221,13 +210,21 @@ def test_conditions_that_do_not_fit_are_named(changes, sentence):
         shapes_of(I2V | {"static_channels": 4}, inputs_of(conditions(**given)))
 
 
-@pytest.mark.parametrize("name", ["motion", "drop_prompt", "drop_motion"])
-def test_one_number_for_each_clip_is_asked_for(name):
-    """A Conditioning of one clip for latents of two, whose other conditions were repeated."""
-    one = jnp.ones((1,), jnp.float32 if name == "motion" else bool)
+@pytest.mark.parametrize(
+    ("name", "shape", "sentence"),
+    [
+        ("motion", (1,), r"a 'motion' for each clip \(2\); got \(1,\)"),
+        ("drop_prompt", (1,), r"a 'drop_prompt' for each clip \(2\); got \(1,\)"),
+        ("drop_motion", (3,), r"a 'drop_motion' for each clip \(2\); got \(3,\)"),
+        ("null_context", (2, 6, 12), r"a null context \(2, 5, 12\); got \(2, 6, 12\)"),
+        ("null_context", (1, 5, 12), r"a null context \(2, 5, 12\); got \(1, 5, 12\)"),
+    ],
+)
+def test_conditions_of_other_batches_are_named(name, shape, sentence):
     x, t, conditioning = inputs_of(conditions())
-    object.__setattr__(conditioning, name, one)  # past the check of annotations in these tests
-    with pytest.raises(ValueError, match=rf"needs a '{name}' for each clip \(2\); got \(1,\)"):
+    value = jnp.zeros(shape, bool if name.startswith("drop") else jnp.float32)
+    object.__setattr__(conditioning, name, value)  # past these tests' check of annotations
+    with pytest.raises(ValueError, match=f"needs {sentence}"):
         shapes_of(I2V, (x, t, conditioning))
 
 
@@ -243,3 +240,19 @@ def test_latents_and_timesteps_of_other_ranks_are_named():
 def test_unknown_ways_of_computing_are_named():
     with pytest.raises(ValueError, match=r"remat is one of .* not 'some'"):
         shapes_of(I2V | {"remat": "some"}, inputs_of(conditions()))
+    with pytest.raises(ValueError, match=r"attention is one of .* not 'flash'"):
+        shapes_of(I2V | {"attention": "flash"}, inputs_of(conditions()))
+
+
+def test_attention_has_the_named_implementation_in_every_transformer(monkeypatch):
+    seen, attend = [], layers.attend
+
+    def record(query, key, value, implementation):
+        seen.append(implementation)
+        return attend(query, key, value, implementation)
+
+    monkeypatch.setattr(layers, "attend", record)
+    shapes_of(I2V | {"attention": "chunked"}, inputs_of(conditions()))
+    # The first mixer; both transformers of down_0, mid and twice of up_0; two attentions each.
+    # That of the concatenated image looks at a few frames of four channels.
+    assert sorted(seen) == ["chunked"] * 2 * (1 + 2 * 4) + ["xla"]

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: the state, the data iterator and the configuration, by Orbax.
 
-Of training, this is the only file that knows Orbax. A checkpoint is written into a temporary folder that is
-renamed when complete, so a run killed in the middle of a save continues from the one before.
+A checkpoint is written into a temporary folder that is renamed when complete, so a run killed in
+the middle of a save continues from the one before.
 """
 
 import base64

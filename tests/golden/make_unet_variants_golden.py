@@ -25,12 +25,13 @@ from d4d_jax.models.variants import VARIANTS
 
 PATH = pathlib.Path(__file__).with_name("unet_variants.npz")
 
-WIDTHS = {"width": 32, "multipliers": (1, 2, 2), "attention_levels": (0, 1), "head_dim": 16}
+WIDTHS = {"width": 32, "multipliers": (1, 2), "attention_levels": (0,), "blocks": 1, "head_dim": 16}
 REDUCED = WIDTHS | {"context_dim": 24, "groups": 8, "init_head_dim": 16, "dropout": 0.0}
 PEER = {
-    "block_out_channels": (32, 64, 64),
-    "down_block_types": ("CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "DownBlock3D"),
-    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+    "layers_per_block": 1,
     "cross_attention_dim": 24,
     "attention_head_dim": 16,  # the width of a head, whatever it is called inside
     "norm_num_groups": 8,
@@ -134,7 +135,7 @@ WEIGHTS = {
         "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
         (1, 0),
     ),
-    "up_0/temporal_2/norm/scale": ("up_blocks.2.temp_attentions.2.norm.weight", (0,)),
+    "up_0/temporal_1/norm/scale": ("up_blocks.1.temp_attentions.1.norm.weight", (0,)),
 }
 
 
