@@ -39,7 +39,7 @@ def test_the_reduced_network_is_the_one_of_the_published_timings():
     assert parameters(REDUCED) == 7_058_148
 
 
-@pytest.mark.parity
+@pytest.mark.live
 def test_the_peer_has_the_same_parameters_and_runs_every_pass():
     fields = FIELDS | {"context_dim": 16, "temporal_conv": True, "camera_embedding": False}
     fields |= {"init_heads": 8, "init_head_dim": 8}
