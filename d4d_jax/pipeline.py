@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -234,12 +235,53 @@ def _from_folder(cls: type[OrbitPipeline], folder: Path) -> OrbitPipeline:
     params, codec_params = (
         conversion.load(folder / f"{name}.safetensors") for name in ("network", "codec")
     )
-    prompt_params = {
-        name: conversion.load(folder / f"{name}.safetensors")
-        for name in ("text", "image")
-        if (folder / f"{name}.safetensors").is_file()
-    }
-    return cls.from_parts(params, codec_params, config, prompt_params)
+    return cls.from_parts(params, codec_params, config, load_prompt_params(folder))
+
+
+def load_prompt_params(folder: str | os.PathLike) -> dict[str, PyTree]:
+    """The parameters of CLIP's towers in a folder for `OrbitPipeline.load`, which may have none."""
+    files = {name: Path(folder) / f"{name}.safetensors" for name in ("text", "image")}
+    return {name: conversion.load(file) for name, file in files.items() if file.is_file()}
+
+
+def save_folder(
+    folder: str | os.PathLike,
+    params: PyTree,
+    codec_params: PyTree,
+    config: Mapping[str, Any],
+    *,
+    base: str | os.PathLike | None = None,
+) -> None:
+    """Writes a folder for `OrbitPipeline.load`, in float32; it is there whole or not at all.
+
+    Args:
+        folder: to be made.
+        params, codec_params, config: as `OrbitPipeline.from_parts` takes them.
+        base: folder of a model with the same prompt encoder, whose files of it are copied.
+
+    Raises:
+        FileExistsError: `folder` exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already: remove it or choose another name.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, weights in (("network", params), ("codec", codec_params)):
+        conversion.save(partial / f"{name}.safetensors", weights)
+    own = dict(config)
+    if base is not None and Path(base).is_dir():
+        towers = [f"{name}.safetensors" for name in ("text", "image")]
+        for name in (*towers, *_VOCABULARIES, "merges.txt"):
+            if (Path(base) / name).is_file():
+                shutil.copyfile(Path(base) / name, partial / name)
+        prompt = own.get("prompt", {})
+        vocabulary = Path(prompt.get("vocabulary") or "")
+        if Path(base) in (vocabulary, *vocabulary.parents):  # it is found in the new folder then
+            own["prompt"] = {key: prompt[key] for key in prompt if key != "vocabulary"}
+    (partial / "model.json").write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+    partial.rename(folder)
 
 
 def _folder_config(folder: Path, weights: Path) -> dict[str, Any]:

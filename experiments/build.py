@@ -4,6 +4,7 @@ Network, codec and schedule are sub-configurations with a `name`, looked up in `
 (or imported, when written "package.module:Attr"); their other keys are constructor arguments.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,6 +32,9 @@ Config = Mapping[str, Any]  # an ml_collections.ConfigDict, or the plain dict sa
 
 #: The clips that are shipped with the package.
 EMBEDDED_CLIPS = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips"
+
+#: Conditions that are encoded before the training; the others come with the latents.
+TOLD = ("context", "null_context", "image_embedding")
 
 #: What `build_sampler` shows: the number of clips, and the sampling steps of each.
 SAMPLED_CLIPS, SAMPLING_STEPS = 2, 20
@@ -76,6 +80,55 @@ def build_source(config: Config) -> ClipSource:
         FileNotFoundError, ValueError: the named folder or file holds no usable clips.
     """
     return ClipSource(config["data"]["path"] or EMBEDDED_CLIPS, size=config["data"]["size"])
+
+
+def load_base(config: Config) -> OrbitPipeline | None:
+    """Returns the model that the run starts from, `init_from`; None when that is empty.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it is damaged, or its codec is not the one of the configuration.
+    """
+    if not config.get("init_from"):
+        return None
+    base = OrbitPipeline.load(config["init_from"])
+    if base.codec != build_codec(config):
+        raise ValueError(
+            f"{config['init_from']} has latents of {base.codec}, but the configuration asks for"
+            f" {build_codec(config)}: set --config.codec to that of the model."
+        )
+    return base
+
+
+def describe_prompt(base: OrbitPipeline) -> dict[str, Any]:
+    """Returns the prompt encoder of the base as a sub-configuration."""
+    kind = type(base.prompt)
+    known = (name for name in registry.names("prompt") if registry.lookup("prompt", name) is kind)
+    name = next(known, f"{kind.__module__}:{kind.__qualname__}")
+    return {"name": name, **dataclasses.asdict(base.prompt)}
+
+
+def tell(source: ClipSource, base: OrbitPipeline) -> ClipSource:
+    """Returns the clips with what the prompt encoder of the base says of their prompts.
+
+    A prompt is the caption, or the first frame. Every one is encoded once, here.
+
+    Raises:
+        ValueError: captions are asked for and a clip has none.
+    """
+    by_caption = base.prompt.reads == "text"
+
+    def told(record: PyTree, index: int) -> PyTree:
+        prompt = str(record["caption"]) if by_caption else _straight((record["dynamic"][0] + 1) / 2)
+        if by_caption and not prompt:
+            raise ValueError(f"Clip {index} has no caption, which this model is prompted by.")
+        conditioning = base.prompt.encode(
+            base.prompt_params, prompt, size=base.size, to_latents=lambda image: image
+        )
+        values = {name: getattr(conditioning, name) for name in TOLD}
+        return {name: np.asarray(value[0]) for name, value in values.items() if value is not None}
+
+    return source.extended([told(source[i], i) for i in range(len(source))])
 
 
 def build_dataset(config: Config, source: ClipSource) -> grain.IterDataset:
@@ -174,10 +227,8 @@ def build_loss(config: Config, network: Any, codec: Codec, schedule: NoiseSchedu
         static_latents = codec.encode(frozen["codec"], batch["static"])
         timestep = draw_timesteps(time_key, size, schedule.num_steps, options["timestep_shift"])
         noise = jax.random.normal(noise_key, latents.shape)
-        conditioning = Conditioning(
-            image=latents[:, 0],
-            camera=batch["camera"],
-            motion=batch["motion"],
+        conditioning = dataclasses.replace(
+            _conditioning(latents, batch),
             drop_prompt=jax.random.bernoulli(prompt_key, options["drop_prompt"], size),
             drop_motion=jax.random.bernoulli(motion_key, options["drop_motion"], size),
         )
@@ -204,6 +255,11 @@ def build_loss(config: Config, network: Any, codec: Codec, schedule: NoiseSchedu
     return loss_fn
 
 
+def _conditioning(latents: Array, batch: PyTree) -> Conditioning:
+    told = {name: batch[name] for name in TOLD if name in batch}
+    return Conditioning(image=latents[:, 0], camera=batch["camera"], motion=batch["motion"], **told)
+
+
 def draw_timesteps(key: Array, shape: tuple[int, ...], num_steps: int, shift: float) -> Array:
     """Returns random timesteps in [0, num_steps), int32; a `shift` above 1 favours noisy ones.
 
@@ -215,61 +271,103 @@ def draw_timesteps(key: Array, shape: tuple[int, ...], num_steps: int, shift: fl
     return jnp.minimum((u * num_steps).astype(jnp.int32), num_steps - 1)
 
 
-def fit_codec(codec: Codec, source: ClipSource) -> PyTree:
-    """Returns the codec's parameters, fitted to every dynamic and static frame of the clips.
+def fit_codec(codec: Codec, source: ClipSource, base: OrbitPipeline | None = None) -> PyTree:
+    """Returns the codec's parameters: the base's, or fitted to all frames of the clips.
 
-    A codec without a `fit` method has none.
+    A codec with neither `fit` nor `init` has none.
 
     Raises:
-        ValueError: a frame cannot be decoded, or the frames do not suit the codec.
+        ValueError: a frame cannot be decoded, or the frames do not suit the codec; or a codec that
+            cannot be fitted without a base.
     """
+    if base is not None:
+        return base.codec_params
     if not hasattr(codec, "fit"):
+        if hasattr(codec, "init"):
+            raise ValueError(
+                f"{codec} comes with weights and cannot be fitted to the clips: set"
+                " --config.init_from to a model that has them."
+            )
         return {}
     frames = [source[i][view] for i in range(len(source)) for view in ("dynamic", "static")]
     return codec.fit(np.concatenate(frames))
 
 
 def init_state(
-    config: Config, network: Any, codec: Codec, codec_params: PyTree, batch: PyTree
+    config: Config,
+    network: Any,
+    codec: Codec,
+    codec_params: PyTree,
+    batch: PyTree,
+    base: OrbitPipeline | None = None,
 ) -> TrainState:
     """Returns the state before the first step, for batches shaped like `batch`.
 
+    Args:
+        base: whose parameters the network starts with; None: random ones.
+
     Raises:
-        ValueError: the network's sizes do not fit the latents.
+        ValueError: the network's sizes do not fit the latents, or the parameters of the base.
     """
     init_key, run_key = jax.random.split(jax.random.key(config["seed"]))
 
     def init(key: Array, codec_params: PyTree, batch: PyTree) -> PyTree:
         latents = codec.encode(codec_params, batch["dynamic"])
         timestep = jnp.zeros(latents.shape[:1], jnp.int32)
-        conditioning = Conditioning(
-            image=latents[:, 0], camera=batch["camera"], motion=batch["motion"]
-        )
-        return network.init(key, latents, timestep, conditioning)["params"]
+        return network.init(key, latents, timestep, _conditioning(latents, batch))["params"]
 
     one = jax.tree.map(lambda leaf: leaf[:1], batch)
-    params = jax.jit(init)(init_key, codec_params, one)
+    if base is None:
+        params = jax.jit(init)(init_key, codec_params, one)
+    else:
+        _check_shapes(base.params, jax.eval_shape(init, init_key, codec_params, one))
+        params = base.params
     return create_state(params, build_optimizer(config), run_key, {"codec": codec_params})
 
 
+def _check_shapes(params: PyTree, wanted: PyTree) -> None:
+    """Raises ValueError where parameters are not those of the network that is to be trained."""
+
+    def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree.leaves_with_path(tree)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves
+        }
+
+    found, needed = shapes(params), shapes(wanted)
+    wrong = sorted(
+        f"{path} is {found.get(path, 'absent')} and not {needed.get(path, 'wanted')}"
+        for path in found.keys() | needed.keys()
+        if found.get(path) != needed.get(path)
+    )
+    if wrong:
+        raise ValueError(
+            "The parameters of init_from are not those of the network in the configuration:"
+            f" {'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}."
+        )
+
+
 def build_sampler(
-    config: Config, source: ClipSource
+    config: Config, source: ClipSource, base: OrbitPipeline | None = None
 ) -> Callable[[TrainState], dict[str, np.ndarray]]:
     """Returns what shows the progress of a run: `state -> {"orbits": (h, w, 3) in [0, 1]}`.
 
     The picture has two rows of frames for each of the first clips: the clip itself and, below,
-    the orbit that the averaged parameters make of its first frame at its motion magnitude.
+    the orbit that the averaged parameters make of its first frame at its motion magnitude (of its
+    caption, when it is that which the prompt encoder of the base reads).
     """
+    prompt_params = None if base is None else base.prompt_params
     prompts = [source[i] for i in range(min(SAMPLED_CLIPS, len(source)))]
 
     def sample(state: TrainState) -> dict[str, np.ndarray]:
-        pipeline = OrbitPipeline.from_parts(state.ema, state.frozen["codec"], config)
+        pipeline = OrbitPipeline.from_parts(state.ema, state.frozen["codec"], config, prompt_params)
         rows = []
         for record in prompts:
             truth = (record["dynamic"] + 1) / 2  # on white, then alpha
-            image, motion = _straight(truth[0]), float(record["motion"])
-            clip = pipeline(image, motion=motion, num_steps=SAMPLING_STEPS)
-            rows += [truth[..., :3], clip.dynamic]
+            by_caption = pipeline.prompt.reads == "text"
+            prompt = str(record["caption"]) if by_caption else _straight(truth[0])
+            clip = pipeline(prompt, motion=float(record["motion"]), num_steps=SAMPLING_STEPS)
+            rows += [truth[..., :3], clip.dynamic if pipeline.moves else clip.static]
         return {"orbits": media.contact_sheet(rows)}
 
     return sample

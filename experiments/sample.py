@@ -19,7 +19,7 @@ import d4d_jax
 from d4d_jax import clips, media
 from d4d_jax.guidance import ThreeDAware
 from d4d_jax.models.prompts import Prompt
-from d4d_jax.pipeline import EMBEDDED, OrbitPipeline
+from d4d_jax.pipeline import EMBEDDED, OrbitPipeline, load_prompt_params
 from d4d_jax.train.checkpoint import Checkpointer
 from experiments import cli
 
@@ -112,7 +112,9 @@ def load_pipeline(path: str) -> OrbitPipeline:
     checkpointer = Checkpointer(folder)
     try:
         params, frozen = checkpointer.restore_model()
-        return OrbitPipeline.from_parts(params, frozen["codec"], checkpointer.restore_config())
+        config = checkpointer.restore_config()
+        prompt_params = load_prompt_params(config.get("init_from") or folder)
+        return OrbitPipeline.from_parts(params, frozen["codec"], config, prompt_params)
     finally:
         checkpointer.close()
 

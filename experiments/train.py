@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags, logging
 
+from d4d_jax import pipeline
 from d4d_jax.models import bundle
 from d4d_jax.train import loop, sharding, writers
 from d4d_jax.train.checkpoint import Checkpointer
@@ -55,8 +56,9 @@ def run(
         config: the configuration, in values that JSON has.
         workdir: folder of the run.
         overwrite: start anew; the earlier run is deleted when the new one is known to be sound.
-        export: file to write the model to when the run is complete. A run that is complete
-            already is only exported, with its own configuration.
+        export: file (.npz) or folder to write the model to when the run is complete, see
+            `bundle.save_bundle` and `pipeline.save_folder`. A run that is complete already is only
+            exported, with its own configuration.
 
     Raises:
         FileExistsError: `export` is there already.
@@ -95,23 +97,29 @@ def _train(
 
     optimizer, schedule = build.build_optimizer(config), build.build_schedule(config)
 
+    base = build.load_base(config)
+    if base:
+        config = config | {"prompt": build.describe_prompt(base)}
+
     # Data.
     source = build.build_source(config)
     config = config | {"data": config["data"] | {"num_frames": source.num_frames}}
     if saved:
         check_unchanged(saved, config, workdir)
+    if base:
+        source = build.tell(source, base)
     data = iter(build.build_dataset(config, source))
 
     # Model.
     codec = build.build_codec(config)
     folder = workdir / "checkpoints"
-    codec_params = _restore_codec(folder) if saved else build.fit_codec(codec, source)
+    codec_params = _restore_codec(folder) if saved else build.fit_codec(codec, source, base)
     batch = build.example_batch(source)
     network = build.build_network(config, build.latent_channels(codec, codec_params, batch))
-    state = build.init_state(config, network, codec, codec_params, batch)
+    state = build.init_state(config, network, codec, codec_params, batch, base)
     loss_fn = build.build_loss(config, network, codec, schedule)
     step_fn = make_train_step(loss_fn, optimizer, ema_decay=config["ema_decay"])
-    on_sample = build.build_sampler(config, source) if options.sample_every else None
+    on_sample = build.build_sampler(config, source, base) if options.sample_every else None
 
     # Everything is known to be sound: write from here on.
     if overwrite:
@@ -157,8 +165,9 @@ def check_unchanged(
         ValueError: a key differs; the message names it and both values.
     """
     before, now = _flatten(saved), _flatten(config)
-    # Found in the data, not configured; runs of earlier versions did not save it.
+    # Found in the data, not configured; runs of earlier versions did not save it, nor `init_from`.
     before.setdefault("data.num_frames", now.get("data.num_frames"))
+    before.setdefault("init_from", "")
     for key in sorted(before.keys() | now.keys()):
         old, new = (repr(d[key]) if key in d else "absent" for d in (before, now))
         if key not in CHANGEABLE and old != new:
@@ -195,8 +204,13 @@ def _restore_codec(folder: pathlib.Path) -> Any:
 def _export(path: str, folder: pathlib.Path) -> None:
     with contextlib.closing(Checkpointer(folder)) as checkpointer:
         params, frozen = checkpointer.restore_model()
-        bundle.save_bundle(path, params, frozen["codec"], checkpointer.restore_config())
-    logging.info("Wrote %s (%.2f MB).", path, os.path.getsize(path) / 1e6)
+        config = checkpointer.restore_config()
+    if path.endswith(".npz"):
+        bundle.save_bundle(path, params, frozen["codec"], config)
+    else:
+        base = config.get("init_from") or None
+        pipeline.save_folder(path, params, frozen["codec"], config, base=base)
+    logging.info("Wrote %s.", path)
 
 
 def _delete_run(workdir: pathlib.Path) -> None:
@@ -211,7 +225,9 @@ def _delete_run(workdir: pathlib.Path) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     flags.DEFINE_bool("overwrite", False, "Delete the run in the workdir and start anew.")
-    flags.DEFINE_string("export", None, "File (.npz) for the trained model, when it is complete.")
+    flags.DEFINE_string(
+        "export", None, "File (.npz, float16) or folder for the model when it is complete."
+    )
     cli.define_config("tiny.py")
     flags.adopt_module_key_flags(cli)
     cli.run(main)

@@ -1,89 +1,23 @@
 """Prompts of words and of images, and pipelines of converted weights, of toy size."""
 
 import dataclasses
-import gzip
-import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_tokenizer import merge_text
+from model_folders import FRAMES, SIZE, TOWERS, towers, write_folder
 
-from d4d_jax import cameras, conversion, pipeline
+from d4d_jax import cameras, pipeline
 from d4d_jax.models import clip, prompts
-from d4d_jax.models.autoencoder_kl import KLCodec
-from d4d_jax.models.conditioning import Conditioning
 from d4d_jax.models.tokenizer import load_tokenizer
-from d4d_jax.models.unet import SpatioTemporalUNet
-from d4d_jax.models.variants import VARIANTS
 from d4d_jax.presets import PRESETS
 
-FRAMES, SIZE = 3, 16
-NETWORK = {
-    "width": 8,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention_levels": (0,),
-    "head_dim": 8,
-    "init_heads": 1,
-    "init_head_dim": 8,
-    "context_dim": 64,
-    "groups": 4,
-}
-TOWERS = clip.VARIANTS["tiny"]
-
-
-def randomised(init, seed):
-    rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(init)
-    return jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(np.float32), shapes)
-
-
-def network_params(variant):
-    model = SpatioTemporalUNet(**VARIANTS[variant] | NETWORK)
-    conditioning = Conditioning(
-        image=jnp.zeros((1, 2, 2, 4)),
-        image_embedding=jnp.zeros((1, 64)),
-        context=jnp.zeros((1, 77, 64)),
-        camera=jnp.zeros((1, FRAMES, 4, 4)),
-    )
-    x = jnp.zeros((1, FRAMES, 2, 2, 4))
-    arguments = (jax.random.key(0), x, jnp.zeros(1, int), conditioning)
-    return randomised(lambda: model.init(*arguments)["params"], 0)
-
 
 @pytest.fixture(scope="module")
-def towers():
-    text, image = clip.TextEncoder(**TOWERS["text"]), clip.ImageEncoder(**TOWERS["image"])
-    key, pixels = jax.random.key(0), jnp.zeros((1, 64, 64, 3))
-    return {
-        "text": randomised(lambda: text.init(key, jnp.zeros((1, 77), int))["params"], 1),
-        "image": randomised(lambda: image.init(key, pixels)["params"], 2),
-    }
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, towers):
+def folders(tmp_path_factory):
     """A model folder for every preset, with networks of toy size."""
-    codec = randomised(lambda: KLCodec("tiny").init(jax.random.key(0)), 3)
-    made = {}
-    for preset in PRESETS:
-        folder = tmp_path_factory.mktemp(preset)
-        conversion.save(folder / "network.safetensors", network_params(preset))
-        conversion.save(folder / "codec.safetensors", codec)
-        for name, params in towers.items():
-            conversion.save(folder / f"{name}.safetensors", params)
-        (folder / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(merge_text().encode()))
-        own = {
-            "preset": preset,
-            "network": {"name": "unet", "variant": preset, **NETWORK},
-            "codec": {"name": "kl", "variant": "tiny"},
-            "data": {"size": SIZE, "num_frames": FRAMES},
-            "prompt": PRESETS[preset]["prompt"] | {"variant": "tiny"},
-        }
-        (folder / "model.json").write_text(json.dumps(own))
-        made[preset] = folder
+    made = {preset: tmp_path_factory.mktemp(preset) for preset in PRESETS}
+    for preset, folder in made.items():
+        write_folder(folder, preset)
     return made
 
 
@@ -96,29 +30,29 @@ def to_latents(images):
     return images[:, ::8, ::8]
 
 
-def test_words_become_the_context_and_its_negative(folders, towers):
+def test_words_become_the_context_and_its_negative(folders):
     vocabulary = str(folders["videomv_t2v"] / "bpe_simple_vocab_16e6.txt.gz")
     encoder = prompts.TextPrompt(variant="tiny", vocabulary=vocabulary)
-    told = encoder.encode(towers, "red panda", size=SIZE, to_latents=to_latents)
+    told = encoder.encode(towers(), "red panda", size=SIZE, to_latents=to_latents)
     tokens = load_tokenizer(vocabulary)(["red panda, 3d asset", prompts.NEGATIVE])
     model = clip.TextEncoder(**TOWERS["text"])
-    expected = model.apply({"params": towers["text"]}, tokens)
+    expected = model.apply({"params": towers()["text"]}, tokens)
     np.testing.assert_allclose(told.context, expected[:1], atol=1e-5)
     np.testing.assert_allclose(told.null_context, expected[1:], atol=1e-5)
     assert told.image is None and told.image_embedding is None
 
 
-def test_an_image_becomes_latent_embedding_and_an_empty_caption(folders, towers, image):
+def test_an_image_becomes_latent_embedding_and_an_empty_caption(folders, image):
     vocabulary = str(folders["videomv_t2v"] / "bpe_simple_vocab_16e6.txt.gz")
     encoder = prompts.ImageTextPrompt(variant="tiny", vocabulary=vocabulary)
-    told = encoder.encode(towers, image, size=SIZE, to_latents=to_latents)
+    told = encoder.encode(towers(), image, size=SIZE, to_latents=to_latents)
     prepared = prompts.prepare_image(image, SIZE)
     np.testing.assert_array_equal(told.image, prepared[None, ::8, ::8])
     pixels = clip.preprocess_image((prepared[None, ..., :3] + 1) / 2, 64)
     model = clip.ImageEncoder(**TOWERS["image"])
-    expected = model.apply({"params": towers["image"]}, pixels)
+    expected = model.apply({"params": towers()["image"]}, pixels)
     np.testing.assert_allclose(told.image_embedding, expected, atol=1e-5)
-    empty = encoder.encode_texts(towers["text"], [""])
+    empty = encoder.encode_texts(towers()["text"], [""])
     np.testing.assert_allclose(told.context, empty, atol=1e-5)
 
 

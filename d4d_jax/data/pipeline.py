@@ -6,6 +6,7 @@ can be asked for again by its number, an iterator resumes from `get_state()` alo
 processes of a run read disjoint parts of one stream, also when their number changes.
 """
 
+import copy
 import os
 import re
 from collections.abc import Sequence
@@ -161,11 +162,30 @@ class ClipSource:
         self._size = size
         self._cache: dict[int, Element] = {}
         self._room = cache_bytes
+        self._further: Sequence[Element] = [{}] * len(self)
+
+    def extended(self, further: Sequence[Element]) -> "ClipSource":
+        """The same clips with further entries in their elements, such as embeddings of captions.
+
+        Args:
+            further: entries for every clip.
+
+        Raises:
+            ValueError: there are not as many as clips.
+        """
+        if len(further) != len(self):
+            raise ValueError(f"There are {len(self)} clips, but entries for {len(further)}.")
+        other = copy.copy(self)
+        other._further = list(further)
+        return other
 
     def __len__(self) -> int:
         return len(self._clips)
 
     def __getitem__(self, index: int) -> Element:
+        return {**self._decoded(index), **self._further[index]}
+
+    def _decoded(self, index: int) -> Element:
         if index in self._cache:
             return self._cache[index]
         clip = self._clips[index]

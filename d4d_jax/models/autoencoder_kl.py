@@ -19,6 +19,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
+from d4d_jax.models.attention import attend
 from d4d_jax.models.layers import Dense, GroupNorm, Upsample, convolution, fan_in_uniform
 from d4d_jax.models.tiling import blend_tiles
 from d4d_jax.registry import register
@@ -243,8 +244,7 @@ class FrameAttention(nn.Module):
             Dense(c, dtype=self.dtype, name=name)(y).reshape(b * t, h * w, 1, c)
             for name in ("query", "key", "value")
         )
-        # One head of 512 is wider than flash kernels take; "xla" is what every backend has.
-        y = jax.nn.dot_product_attention(query, key, value, implementation="xla")
+        y = attend(query, key, value)
         return x + Dense(c, dtype=self.dtype, name="out")(y.reshape(x.shape))
 
 

@@ -7,7 +7,7 @@ its `params` are a pytree of arrays. Register your own in the family "prompt".
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,13 @@ NEGATIVE = (
 
 @runtime_checkable
 class PromptEncoder(Protocol):
-    """Makes the conditioning of one clip (batch axis 1), without cameras and motion."""
+    """Makes the conditioning of one clip (batch axis 1), without cameras and motion.
+
+    Attributes:
+        reads: what a prompt is, "image" or "text".
+    """
+
+    reads: ClassVar[str]
 
     def encode(
         self, params: PyTree, prompt: Prompt, /, *, size: int, to_latents: ToLatents
@@ -49,6 +55,8 @@ class PromptEncoder(Protocol):
 @dataclasses.dataclass(frozen=True)
 class ImagePrompt:
     """The latent of the image, and nothing else; no parameters."""
+
+    reads: ClassVar[str] = "image"
 
     def encode(
         self, params: PyTree, prompt: Prompt, /, *, size: int, to_latents: ToLatents
@@ -70,6 +78,8 @@ class TextPrompt:
         suffix: put behind the sentence; VideoMV was trained with this one.
         negative: the sentence of the unconditional branch.
     """
+
+    reads: ClassVar[str] = "text"
 
     variant: str = "vit_h_14"
     vocabulary: str | None = None
@@ -101,6 +111,8 @@ class ImageTextPrompt(TextPrompt):
     Attributes:
         suffix: the whole caption; VideoMV was trained without any.
     """
+
+    reads: ClassVar[str] = "image"
 
     suffix: str = ""
 

@@ -19,7 +19,7 @@ from d4d_jax.models.variants import expand
 from d4d_jax.sampling import ddim
 from d4d_jax.schedules import scaled_linear
 from d4d_jax.train.state import TrainState, create_state
-from d4d_jax.train.step import LossFn, make_train_step
+from d4d_jax.train.step import LossFn, compiler_options, make_train_step
 from d4d_jax.typing import PyTree
 from experiments.benchmarks import measure
 from experiments.benchmarks.step_parts import Repeated
@@ -125,7 +125,8 @@ def program(
     if name == "forward":
         return jax.jit(forward), (params, *given)
     if name == "forward_backward":
-        return jax.jit(jax.value_and_grad(loss)), (params, given.x_t, *given)
+        gradient = jax.jit(jax.value_and_grad(loss), compiler_options=compiler_options())
+        return gradient, (params, given.x_t, *given)
     if name == "sample":
         return jax.jit(sampled), (params, given.x_t, given.conditioning)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-5))

@@ -22,6 +22,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.checkpoint_every = 500
     config.sample_every = 0
     config.keep_checkpoints = 2
+    config.init_from = ""  # a model to start from: a file, or a folder of converted weights
 
     config.data = ml_collections.ConfigDict(
         dict(
