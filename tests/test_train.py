@@ -71,6 +71,24 @@ def test_step_leaves_frozen_arrays_and_key_alone():
     assert jnp.array_equal(jax.random.key_data(after.key), jax.random.key_data(before.key))
 
 
+def test_step_on_a_cpu_does_not_compute_all_branches_at_once():
+    """Eight independent terms, each with intermediate values of 1 MB."""
+
+    def loss(params, frozen, batch, key):
+        terms = [jnp.tanh(jnp.sort(batch * weight, -1)) ** 2 for weight in params]
+        return sum(term.mean() for term in terms), {}
+
+    state = jax.eval_shape(
+        lambda: train_state.create_state([jnp.ones(())] * 8, OPTIMIZER, jax.random.key(0))
+    )
+    batch = jax.ShapeDtypeStruct((256, 1024), jnp.float32)
+    compiled = train_step.make_train_step(loss, OPTIMIZER).lower(state, batch).compile()
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    plain = gradient.lower(state.params, None, batch, None).compile()
+    least, most = (x.memory_analysis().temp_size_in_bytes for x in (compiled, plain))
+    assert least < 0.6 * most
+
+
 def test_bad_decay_is_refused():
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         train_step.make_train_step(toy_loss, OPTIMIZER, ema_decay=1.0)

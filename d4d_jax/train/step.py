@@ -15,7 +15,7 @@ from d4d_jax.typing import PyTree
 #: What training programs are compiled with on a CPU. In XLA's usual order, which has as many
 #: operations ready at once as possible, a step of the UNet takes two fifths more memory and is
 #: slower: a good part of its time goes into fetching fresh pages (benchmarks/networks.md).
-CPU_COMPILER_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+CPU_COMPILER_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 Metrics: TypeAlias = Mapping[str, Float[Array, ""]]
 LossFn: TypeAlias = Callable[[PyTree, PyTree, PyTree, Key[Array, ""]], tuple[Array, Metrics]]
@@ -70,6 +70,6 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
 
-def compiler_options() -> dict[str, bool]:
+def compiler_options() -> dict[str, str]:
     """The `compiler_options` of `jax.jit` for a gradient on JAX's default device."""
     return CPU_COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}
