@@ -46,7 +46,8 @@ def attend(
         implementation = _suited(query, key)
     if implementation == "chunked":
         return _by_sequence(query, key, value)
-    return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    kernel = "cudnn" if implementation == "cudnn" else "xla"
+    return jax.nn.dot_product_attention(query, key, value, implementation=kernel)
 
 
 def _suited(query: Array, key: Array) -> str:
