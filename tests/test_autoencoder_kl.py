@@ -228,7 +228,8 @@ def test_chunks_and_tiles_bound_the_memory():
 
     chunked = megabytes(chunk=1)
     assert chunked < 0.2 * megabytes(chunk=0)
-    assert megabytes(chunk=1, tile=16, overlap=4) < 0.2 * chunked
+    assert chunked < 8  # the scores of a whole frame alone would be 64
+    assert megabytes(chunk=1, tile=16, overlap=4) < 0.3 * chunked
 
 
 def test_gradients_of_chunks_are_those_of_the_whole_in_less_memory(params):
