@@ -158,8 +158,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     ]
     if any(row["platform"] == "cpu" for row in rows):
         lines.append(
-            "Compiled for the CPU: attention weights are written out, and bfloat16 products are"
-            " computed in float32. There `remat` hardly changes the temporaries, whatever it"
-            " computes again: `saved` tells what it does."
+            "Compiled for the CPU: attention weights of short sequences are written out, and"
+            " bfloat16 products are computed in float32. There `remat` hardly changes the"
+            " temporaries, whatever it computes again: `saved` tells what it does."
         )
     return lines
