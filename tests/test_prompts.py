@@ -109,6 +109,14 @@ def test_the_wrong_kind_of_prompt_is_refused(folders, image):
         encoder.encode({"text": {}}, "a fox", size=SIZE, to_latents=to_latents)
 
 
+def test_missing_towers_are_named(folders, image):
+    for preset, prompt, name in (("videomv_t2v", "a fox", "text"), ("videomv_i2v", image, "image")):
+        model = pipeline.OrbitPipeline.load(folders[preset])
+        towers = {key: value for key, value in model.prompt_params.items() if key != name}
+        with pytest.raises(ValueError, match=rf"read by CLIP, but its weights, {name}\.safetens"):
+            dataclasses.replace(model, prompt_params=towers)(prompt, num_steps=1)
+
+
 def test_a_folder_without_weights_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is no model .* neither network\.safetensors nor"):
         pipeline.OrbitPipeline.load(tmp_path)

@@ -92,7 +92,7 @@ class TextPrompt:
         """Raises ValueError for an image, and as `load_tokenizer`."""
         if not isinstance(prompt, str):
             raise ValueError("This model is prompted by a sentence, not by an image.")
-        context = self.encode_texts(params["text"], [prompt + self.suffix, self.negative])
+        context = self.encode_texts(_tower(params, "text"), [prompt + self.suffix, self.negative])
         return Conditioning(context=context[:1], null_context=context[1:])
 
     def encode_texts(self, params: PyTree, texts: list[str]) -> Float[Array, "b n d"]:
@@ -121,11 +121,11 @@ class ImageTextPrompt(TextPrompt):
     ) -> Conditioning:
         """Raises ValueError for a sentence, a bad image, and as `load_tokenizer`."""
         image = jnp.asarray(prepare_image(_image(prompt), size))[None]
-        context = self.encode_texts(params["text"], [self.suffix, self.negative])
+        context = self.encode_texts(_tower(params, "text"), [self.suffix, self.negative])
         colour = (image[..., :3] + 1) / 2
         return Conditioning(
             image=to_latents(image),
-            image_embedding=_image_embedding(self.variant, params["image"], colour),
+            image_embedding=_image_embedding(self.variant, _tower(params, "image"), colour),
             context=context[:1],
             null_context=context[1:],
         )
@@ -160,6 +160,15 @@ def prepare_image(image: Float[AnyArray, "h w c"], size: int) -> Float[np.ndarra
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = rgba
     return 2 * clips.resize(square[None], size, size)[0] - 1
+
+
+def _tower(params: PyTree, name: str) -> PyTree:
+    if name not in params:
+        raise ValueError(
+            "The prompts of this model are read by CLIP, but its weights, "
+            f"{name}.safetensors, are not in the model's folder."
+        )
+    return params[name]
 
 
 def _image(prompt: Prompt) -> AnyArray:
