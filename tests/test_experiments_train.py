@@ -25,11 +25,11 @@ from experiments.configs import tiny
 
 
 def run_train(root, folder, *arguments):
-    """Trains on the clips in ROOT with the smoke configuration, sharing compiled programs."""
+    """Trains on the clips in ROOT with the smoke configuration."""
     return run_binary(
         "train",
         *("--config", "experiments/configs/tiny.py:smoke", f"--config.data.path={root / 'clips'}"),
-        *(f"--workdir={folder}", f"--compilation_cache_dir={root / 'cache'}", *arguments),
+        *(f"--workdir={folder}", *arguments),
     )
 
 
@@ -132,7 +132,7 @@ def test_exported_model_and_run_are_the_same_pipeline(finished):
 
 def test_exported_model_is_sampled(finished, tmp_path):
     root, _ = finished
-    options = [f"--checkpoint={root / 'model.npz'}", f"--compilation_cache_dir={root / 'cache'}"]
+    options = [f"--checkpoint={root / 'model.npz'}"]
     steps = f"--steps={build.SAMPLING_STEPS}"  # compiled already
     result = run_binary("sample", *options, f"--workdir={tmp_path}", steps)
     assert result.returncode == 0, result.stderr

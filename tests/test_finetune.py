@@ -8,7 +8,6 @@ import model_folders
 import numpy as np
 import pytest
 from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
 from model_folders import FRAMES, SIZE, towers, write_folder
 
 from d4d_jax import clips, conversion
@@ -46,16 +45,6 @@ def toy_config(root, preset, **changes):
     small = {"num_steps": 2, "batch_size": 1, "checkpoint_every": 2, "log_every": 1}
     config |= small | {"init_from": str(root / preset)} | changes
     return json.loads(json.dumps(config))  # tuples as lists
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Compiled programs of a second or more are kept: some runs have the same."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
