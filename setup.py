@@ -48,6 +48,8 @@ TEST = [
     "beartype>=0.20",
 ]
 FORMATS = ["gsply>=0.4.6"]
+# Bulk work on other machines; Dask is one of the runners.
+BEAM = ["apache-beam[dask]>=2.65"]
 BROWSER = ["playwright>=1.50"]
 PARITY = ["torch==2.13.0", "diffusers>=0.35", "transformers>=5", "gsplat==1.5.3"]
 # On its own: beside a CPU build of torch, torchvision breaks the import of diffusers.
@@ -95,6 +97,7 @@ setup(
         "dev": TEST + DEV,
         "parity": TEST + PARITY,
         "parity-lpips": TEST + PARITY_LPIPS,
+        "beam": BEAM,
         "browser": TEST + BROWSER,
     },
     classifiers=[

@@ -116,7 +116,7 @@ def write_torch(path: Path, arrays: Mapping[str, Any]) -> None:
         ImportError: torch is not installed.
     """
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"Writing {path} needs torch: pip install torch, or choose a .safetensors file."

@@ -151,8 +151,10 @@ def _run_on_beam(
     attempt: Callable[[tuple[str, Any]], Outcome], items: Mapping[str, Any], options: Sequence[str]
 ) -> None:
     try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
+        import apache_beam as beam  # pyright: ignore[reportMissingImports]
+        from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
+            PipelineOptions,
+        )
     except ImportError as error:
         raise ValueError(
             "Apache Beam is not installed; pip install 'd4d_jax[beam]', or leave beam out."
