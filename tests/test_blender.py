@@ -6,11 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import gltf_files
 import numpy as np
 import pytest
 
 from d4d_jax import cameras
 from d4d_jax.data import blender
+from d4d_jax.data import blender_plan as plan
 
 
 def run_script(*arguments):
@@ -27,41 +29,39 @@ def assert_one_sentence(result, status, words):
 
 @pytest.fixture
 def asset(tmp_path):
-    path = tmp_path / "thing.glb"
-    path.write_bytes(b"glTF" + bytes(8))
-    return path
+    return gltf_files.write_glb(tmp_path / "thing.glb")
 
 
 @pytest.mark.parametrize(("elevation", "azimuth"), [(0.0, 0.0), (0.3, 0.0), (-0.2, 1.1)])
 def test_poses_are_those_of_the_library_orbit(elevation, azimuth):
     orbit = cameras.orbit(7, elevation=elevation, azimuth=azimuth)
-    poses = [blender.camera_to_world(i, 7, elevation, azimuth) for i in range(7)]
+    poses = [plan.camera_to_world(i, 7, elevation, azimuth) for i in range(7)]
     np.testing.assert_allclose(poses, orbit.opengl_camera_to_world, atol=1e-6)
 
 
 def test_the_field_of_view_is_the_library_one():
-    assert blender.FOV == pytest.approx(cameras.FOV, abs=1e-9)
-    assert pytest.approx(math.radians(39.5978), abs=1e-5) == blender.FOV
+    assert plan.FOV == pytest.approx(cameras.FOV, abs=1e-9)
+    assert pytest.approx(math.radians(39.5978), abs=1e-5) == plan.FOV
 
 
 def test_camera_records_read_back_as_the_orbit():
     expected = cameras.orbit(5, elevation=0.2, width=32, height=32)
     for i in range(5):
-        record = blender.camera_json(blender.camera_to_world(i, 5, 0.2), [[-0.5] * 3, [0.5] * 3])
+        record = plan.camera_json(plan.camera_to_world(i, 5, 0.2), [[-0.5] * 3, [0.5] * 3])
         camera = cameras.from_json(json.loads(json.dumps(record)), 32, 32)
         np.testing.assert_allclose(camera.world_to_camera, expected[i].world_to_camera, atol=1e-5)
         np.testing.assert_allclose(camera.intrinsics, expected[i].intrinsics, rtol=1e-5)
 
 
 def test_frame_times_spread_evenly_from_the_first_to_the_last():
-    times = [whole + part for whole, part in blender.resample_frames(1.0, 14.0, 24)]
+    times = [whole + part for whole, part in plan.resample_frames(1.0, 14.0, 24)]
     np.testing.assert_allclose(times, np.linspace(1, 14, 24), atol=1e-5)
-    for whole, part in blender.resample_frames(0.0, 20.8, 24):
+    for whole, part in plan.resample_frames(0.0, 20.8, 24):
         assert whole == int(whole) and 0 <= part < 1
 
 
 def test_one_frame_is_the_first():
-    assert blender.resample_frames(3.0, 9.0, 1) == [(3, 0.0)]
+    assert plan.resample_frames(3.0, 9.0, 1) == [(3, 0.0)]
 
 
 POSE = np.eye(4).tolist()
@@ -74,7 +74,7 @@ def write_transforms(path, **changes):
 
 
 def test_further_views_are_read_as_written(tmp_path):
-    angle, frames = blender.read_transforms(write_transforms(tmp_path / "transforms_test.json"))
+    angle, frames = plan.read_transforms(write_transforms(tmp_path / "transforms_test.json"))
     assert angle == 0.7 and frames == [("./test/r_0", 0.5, POSE)]
 
 
@@ -101,31 +101,31 @@ def test_a_list_of_views_that_is_none_is_named(tmp_path, asset):
 
 def test_the_held_out_cameras_of_the_benchmark_can_be_rendered():
     path = pathlib.Path(__file__).parents[1] / "benchmarks/held_out/transforms_test.json"
-    angle, frames = blender.read_transforms(path)
-    assert angle == pytest.approx(blender.FOV) and len({name for name, _, _ in frames}) == 64
+    angle, frames = plan.read_transforms(path)
+    assert angle == pytest.approx(plan.FOV) and len({name for name, _, _ in frames}) == 64
     for _, time, pose in frames:
-        assert np.linalg.norm(np.array(pose)[:3, 3]) == pytest.approx(blender.DISTANCE, abs=1e-6)
+        assert np.linalg.norm(np.array(pose)[:3, 3]) == pytest.approx(plan.DISTANCE, abs=1e-6)
         assert (8 * time - 0.5) % 1 == 0
 
 
 def test_actions_go_by_full_name_or_unique_last_part():
     names = ["Rig|Rig|Walk", "Rig|Rig|Run", "Other|Run"]
-    assert blender.pick_action(names, "Rig|Rig|Run") == "Rig|Rig|Run"
-    assert blender.pick_action(names, "Walk") == "Rig|Rig|Walk"
-    assert blender.pick_action(["Only"], None) == "Only"
+    assert plan.pick_action(names, "Rig|Rig|Run") == "Rig|Rig|Run"
+    assert plan.pick_action(names, "Walk") == "Rig|Rig|Walk"
+    assert plan.pick_action(["Only"], None) == "Only"
 
 
 @pytest.mark.parametrize("wanted", ["Swim", "Run", None])
 def test_an_unknown_or_ambiguous_action_lists_the_names(wanted):
-    with pytest.raises(blender.RenderError, match=r"Other.Run, Rig.Run, Rig.Walk"):
-        blender.pick_action(["Rig|Walk", "Rig|Run", "Other|Run"], wanted)
+    with pytest.raises(plan.RenderError, match=r"Other.Run, Rig.Run, Rig.Walk"):
+        plan.pick_action(["Rig|Walk", "Rig|Run", "Other|Run"], wanted)
 
 
 def test_defaults_are_the_published_settings():
     args = blender.parse_args(["--asset", "a.glb", "--out", "out"])
     assert (args.resolution, args.samples, args.frames) == (256, 128, 24)
     assert args.filter_width == 0.01 and args.views == ("dynamic", "static", "front")
-    assert (args.elevation, args.azimuth) == (0.0, 0.0)
+    assert (args.elevation, args.azimuth) == ((0.0, 0.0), 0.0)
 
 
 def test_views_are_a_subset():
@@ -139,7 +139,7 @@ def test_views_are_a_subset():
         ("--views", "top", "'top' is not a subset of dynamic,static,front"),
         ("--frames", "0", "'0' is not a positive whole number"),
         ("--resolution", "big", "'big' is not a positive whole number"),
-        ("--elevation", "90", "--elevation=90 is outside [-89, 89] degrees"),
+        ("--elevation", "90", "'90' is neither degrees within [-89, 89] nor LOW,HIGH"),
     ],
 )
 def test_a_wrong_value_is_named(option, value, words, capsys):
@@ -176,7 +176,7 @@ def test_other_paths_that_cannot_be(asset, tmp_path):
     def check(words, **changes):
         options = {"asset": asset, "out": tmp_path / "out", **changes}
         args = blender.parse_args([f"--{name}={value}" for name, value in options.items()])
-        with pytest.raises(blender.RenderError, match=words):
+        with pytest.raises(plan.RenderError, match=words):
             blender.check_paths(args)
 
     (tmp_path / "model.obj").write_text("o thing")
