@@ -78,6 +78,8 @@ setup(
         "orbax-checkpoint>=0.11,<0.13",
         "grain>=0.2.10",
         "tensorflow-datasets>=4.9.9",
+        "importlib_resources>=6",  # which tensorflow-datasets needs to build, and does not ask for
+        "array_record>=0.5",
         "numpy>=1.26",
         "scipy>=1.11",
         "absl-py>=2.1",

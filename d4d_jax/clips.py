@@ -123,6 +123,38 @@ def read_clip(
             names the file.
     """
     folder = Path(path)
+    views = read_views(folder)
+    num_frames, height, width = next(iter(views.values())).shape[:3]
+    fields = {}
+    for view, rgba in views.items():
+        fields[view] = composite(rgba, background)
+        if rgba.shape[-1] == 4:
+            fields[f"{view}_alpha"] = rgba[..., 3]
+    if "dynamic" in views and "static" in views:
+        pair = (2 * composite(views[view], WHITE) - 1 for view in ("dynamic", "static"))
+        fields["motion"] = float(motion.motion_magnitude(*pair))
+    caption = folder / "caption.txt"
+    clip = OrbitClip(
+        camera=read_orbit(folder, num_frames, width, height),
+        timestamps=np.linspace(0, 1, num_frames, dtype=np.float32),
+        caption=caption.read_text(encoding="utf-8").strip() if caption.exists() else "",
+        background=background,
+        **fields,
+    )
+    return clip if size is None else clip.resized(*size)
+
+
+def read_views(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads the frames of a clip folder as they are stored.
+
+    Returns:
+        By the name of the view set ("dynamic", "static", "front"), those that are there:
+        (t, h, w, 3 or 4) float32 in [0, 1], straight colour and, where the files have it, alpha.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_clip`.
+    """
+    folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no clip folder {str(folder)!r}.")
     views = {view: _read_frames(folder, stem) for view, (stem, _) in _STEMS.items()}
@@ -138,26 +170,36 @@ def read_clip(
         raise ValueError(
             f"All view sets of a clip need the same length and size; {str(folder)!r} has {found}."
         )
-    num_frames, height, width = next(iter(shapes.values()))
+    num_frames = next(iter(shapes.values()))[0]
     if num_frames < 2:
         raise ValueError(f"A clip needs at least 2 frames; {str(folder)!r} has {num_frames}.")
-    fields = {}
-    for view, rgba in views.items():
-        fields[view] = _composite(rgba, background)
-        if rgba.shape[-1] == 4:
-            fields[f"{view}_alpha"] = rgba[..., 3]
-    if "dynamic" in views and "static" in views:
-        pair = (2 * _composite(views[view], WHITE) - 1 for view in ("dynamic", "static"))
-        fields["motion"] = float(motion.motion_magnitude(*pair))
-    caption = folder / "caption.txt"
-    clip = OrbitClip(
-        camera=_read_orbit(folder, num_frames, width, height),
-        timestamps=np.linspace(0, 1, num_frames, dtype=np.float32),
-        caption=caption.read_text(encoding="utf-8").strip() if caption.exists() else "",
-        background=background,
-        **fields,
-    )
-    return clip if size is None else clip.resized(*size)
+    return views
+
+
+def read_orbit(folder: str | os.PathLike, num_frames: int, width: int, height: int) -> Camera:
+    """The cameras of a clip folder's orbit, without its frames.
+
+    They are those of the dynamic orbit, or else of the static one, or else the standard orbit.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_clip`.
+    """
+    folder = Path(folder)
+    for view in ("dynamic", "static"):
+        stem = _STEMS[view][1]
+        if not _indices(folder, stem, "json"):
+            continue
+        paths = [folder / f"{stem}{i}.json" for i in range(num_frames)]
+        return cameras.stack([_read_camera(path, width, height) for path in paths])
+    return cameras.orbit(num_frames, width=width, height=height)
+
+
+def composite(rgba: np.ndarray, background: Color) -> np.ndarray:
+    """(..., 3 or 4) in [0, 1] with straight colour to (..., 3) on a background; RGB is returned."""
+    if rgba.shape[-1] == 3:
+        return rgba
+    alpha = rgba[..., 3:]
+    return rgba[..., :3] * alpha + (1 - alpha) * np.asarray(background, np.float32)
 
 
 def write_clip(clip: OrbitClip, path: str | os.PathLike) -> None:
@@ -237,17 +279,6 @@ def _read_frames(folder: Path, stem: str) -> np.ndarray | None:
     return np.stack(frames)
 
 
-def _read_orbit(folder: Path, num_frames: int, width: int, height: int) -> Camera:
-    """The cameras of the dynamic orbit, or else of the static one, or else the standard orbit."""
-    for view in ("dynamic", "static"):
-        stem = _STEMS[view][1]
-        if not _indices(folder, stem, "json"):
-            continue
-        paths = [folder / f"{stem}{i}.json" for i in range(num_frames)]
-        return cameras.stack([_read_camera(path, width, height) for path in paths])
-    return cameras.orbit(num_frames, width=width, height=height)
-
-
 def _read_camera(path: Path, width: int, height: int) -> Camera:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -266,13 +297,6 @@ def _indices(folder: Path, stem: str, suffix: str) -> Sequence[int]:
     """The sorted numbers i for which `{stem}{i}.{suffix}` exists."""
     matches = (re.fullmatch(rf"{stem}(\d+)\.{suffix}", name) for name in os.listdir(folder))
     return sorted(int(match.group(1)) for match in matches if match)
-
-
-def _composite(rgba: np.ndarray, background: Color) -> np.ndarray:
-    if rgba.shape[-1] == 3:
-        return rgba
-    alpha = rgba[..., 3:]
-    return rgba[..., :3] * alpha + (1 - alpha) * np.asarray(background, np.float32)
 
 
 def _uncomposite(rgb: np.ndarray, alpha: AnyArray | None, background: Color) -> np.ndarray:

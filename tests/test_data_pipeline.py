@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from d4d_jax import cameras, clips, motion
-from d4d_jax.data import pipeline, synthetic
+from d4d_jax.data import pipeline, records, synthetic
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,8 @@ def test_size_resizes_and_allows_clips_of_several_sizes(folder):
 @pytest.mark.parametrize("cache_bytes", [0, 10_000, 2**30])
 def test_the_cache_only_saves_time(folder, cache_bytes, monkeypatch):
     reads = []
-    read = clips.read_clip
-    monkeypatch.setattr(clips, "read_clip", lambda *a, **k: reads.append(a) or read(*a, **k))
+    read = records.read_folder
+    monkeypatch.setattr(records, "read_folder", lambda *a, **k: reads.append(a) or read(*a, **k))
     source = pipeline.ClipSource(folder, cache_bytes=cache_bytes)
     first, again = ([source[i] for i in range(3)] for _ in range(2))
     assert_same(first, again)
@@ -213,7 +213,7 @@ def test_differing_lengths_are_told_also_with_a_size(made):
 def test_frames_without_alpha_are_told_with_the_path(folder):
     for path in (folder / "clip_2").glob("*.png"):
         Image.open(path).convert("RGB").save(path)
-    with pytest.raises(ValueError, match="clip_2': A clip for training needs its alpha of the dyn"):
+    with pytest.raises(ValueError, match="clip_2' lacks the alpha of its dyn"):
         pipeline.ClipSource(folder)[2]
 
 
@@ -245,14 +245,14 @@ def test_no_clips_at_all_are_told():
 
 def test_a_source_decodes_for_all_its_users_once(folder, monkeypatch):
     reads = []
-    read = clips.read_clip
+    read = records.read_folder
 
     def count(path, **options):
         if path.parent == folder:  # grain may still be reading ahead for an earlier test
             reads.append(path)
         return read(path, **options)
 
-    monkeypatch.setattr(clips, "read_clip", count)
+    monkeypatch.setattr(records, "read_folder", count)
     source = pipeline.ClipSource(folder, size=8)
     assert source.num_frames == 4
     decoded = [source[i] for i in range(3)]

@@ -104,6 +104,16 @@ def read(folder: str | os.PathLike, keys: Iterable[str]) -> dict[str, Outcome]:
     return found
 
 
+def fingerprint(folder: str | os.PathLike) -> str:
+    """Tells by names, sizes and times of its files whether a folder is still the same.
+
+    For keys of work on folders: what is changed there is worked on again.
+    """
+    files = sorted(Path(folder).iterdir())
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:32]
+
+
 def _path(folder: Path, key: str) -> Path:
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 

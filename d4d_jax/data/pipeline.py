@@ -11,14 +11,15 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from d4d_jax import clips, motion
+from d4d_jax.data import records
 from d4d_jax.typing import AnyArray
 
 #: A clip as the network sees it; the keys are described in `element`.
@@ -26,12 +27,15 @@ Element = dict[str, Any]
 
 
 def make_dataset(
-    source: "str | os.PathLike | Sequence[clips.OrbitClip] | ClipSource",
+    source: "str | os.PathLike | Sequence[clips.OrbitClip] | records.Records | ClipSource",
     *,
     batch_size: int,
     seed: int = 0,
     size: int | None = None,
     static_probability: float = 0.0,
+    random_start: bool = False,
+    background: clips.Color | Literal["random"] = clips.WHITE,
+    keys: bool = False,
     shuffle: bool = True,
     num_epochs: int | None = None,
     shard_index: int = 0,
@@ -45,14 +49,21 @@ def make_dataset(
     `motion` (b,), all float32, and `caption` (b,), strings. See `element` for their meaning.
 
     Args:
-        source: a folder whose subfolders are clips, or clips. All need dynamic and static frames
-            with alpha, of one size and number. Or a `ClipSource`, whose decoded clips are shared
-            with other users of it; its own `size` and `cache_bytes` hold then.
+        source: a folder whose subfolders are clips, the folder of a data set (its split "train"),
+            an open data set, or clips. All clips need dynamic and static frames with alpha, of one
+            size and number. Or a `ClipSource`, whose decoded clips are shared with other users of
+            it; its own `size` and `cache_bytes` hold then.
         batch_size: clips a batch of this process; every batch is full.
         seed: of the order and of the choice of static samples.
         size: pixels to resize to, square; by default the clips keep their common size.
         static_probability: how often a clip stands still instead: `dynamic` becomes its static
             orbit and `motion` 0. The paper trains on such static samples beside the moving ones.
+        random_start: let the orbit of samples that stand still begin at a random view: frames and
+            cameras roll together. Moving samples keep their start, since their views are tied to
+            timestamps; render them from random azimuths instead.
+        background: colour in [0, 1] behind the object, or "random", drawn anew for every sample.
+        keys: add `key` (b, 2) uint32, a random key of every sample, for what the training step
+            draws, such as the dropout of conditions: `jax.random.wrap_key_data(batch["key"])`.
         shuffle: False keeps the order of the folder names, or of the clips.
         num_epochs: passes over the clips; None repeats for ever.
         shard_index: which part of the stream to read, usually `jax.process_index()`.
@@ -73,18 +84,31 @@ def make_dataset(
     if isinstance(source, ClipSource):
         if size is not None:
             raise ValueError(f"Give size={size} to the ClipSource, which decodes the clips.")
-        records = source
+        clip_source = source
     else:
-        records = ClipSource(source, size=size, cache_bytes=cache_bytes)
+        clip_source = ClipSource(source, size=size, cache_bytes=cache_bytes)
 
-    def freeze_some(record: Element, rng: np.random.Generator) -> Element:
-        still = rng.random() < static_probability
-        return _freeze(record) if still else record
+    if random_start and any(clip_source.further):
+        raise ValueError(
+            "random_start would leave the entries of `extended` at the old first view."
+        )
 
-    dataset = grain.MapDataset.source(records).seed(seed)
+    def vary(sample: Element, rng: np.random.Generator) -> Element:
+        if rng.random() < static_probability:
+            sample = _freeze(sample)
+            if random_start:
+                sample = roll(sample, int(rng.integers(len(sample["camera"]))))
+        color = tuple(rng.random(3)) if background == "random" else background
+        if color != clips.WHITE:
+            sample = _on_background(sample, color)
+        if keys:
+            sample = {**sample, "key": rng.integers(2**32, size=2, dtype=np.uint32)}
+        return sample
+
+    dataset = grain.MapDataset.source(clip_source).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
-    dataset = dataset.repeat(num_epochs).random_map(freeze_some)
+    dataset = dataset.repeat(num_epochs).random_map(vary)
     dataset = dataset[shard_index::shard_count]
     if len(dataset) < batch_size:
         raise ValueError(
@@ -126,8 +150,54 @@ def element(clip: clips.OrbitClip) -> Element:
     }
 
 
+def record_element(record: records.Record, *, size: int | None = None) -> Element:
+    """A record of a data set as the network sees it: see `element`.
+
+    Args:
+        record: with dynamic and static frames.
+        size: pixels to resize to, square (area averaging when shrinking).
+
+    Raises:
+        ValueError: it lacks frames.
+    """
+    views = {}
+    for view in ("dynamic", "static"):
+        if view not in record:
+            raise ValueError(f"A clip for training needs its {view} frames.")
+        views[view] = _bytes_to_model_space(record[view])
+    magnitude = record["motion"]
+    if size is not None and size != views["dynamic"].shape[1]:
+        # On white the colours are premultiplied, up to a constant: averaging them is right.
+        views = {view: clips.resize(frames, size, size) for view, frames in views.items()}
+        magnitude = motion.motion_magnitude(views["dynamic"][..., :3], views["static"][..., :3])
+    return {
+        **views,
+        "camera": record["camera"],
+        "motion": np.float32(magnitude),
+        "caption": np.asarray(record["caption"]),
+    }
+
+
+def roll(sample: Element, views: int) -> Element:
+    """A still sample whose orbit begins so many views later; cameras and frames stay together.
+
+    The last view of a closed orbit is the first one again, also afterwards.
+
+    Raises:
+        ValueError: the sample moves, so that its views are tied to timestamps.
+    """
+    if sample["motion"] != 0:
+        raise ValueError("Only samples that stand still can begin at another view.")
+    count = len(sample["camera"])
+    if np.allclose(sample["camera"][0], sample["camera"][-1], atol=1e-4):
+        order = (np.arange(count) + views) % (count - 1)
+    else:
+        order = (np.arange(count) + views) % count
+    return {**sample, **{name: sample[name][order] for name in ("dynamic", "static", "camera")}}
+
+
 class ClipSource:
-    """Random access to the elements of a folder of clips, or of a sequence of clips.
+    """Random access to the elements of a folder of clips, a data set, or a sequence of clips.
 
     The clips of a folder come in the order of their names. Decoded elements stay in memory up to
     `cache_bytes`; treat them as read-only. `len()` and `[i]` are what grain needs.
@@ -138,19 +208,27 @@ class ClipSource:
 
     def __init__(
         self,
-        source: str | os.PathLike | Sequence[clips.OrbitClip],
+        source: str | os.PathLike | Sequence[clips.OrbitClip] | records.Records,
         *,
         size: int | None = None,
         cache_bytes: int = 2**30,
     ):
         """Finds the clips and checks, from file names and headers, that they fit together.
 
+        Of the folder of a data set the split "train" is taken.
+
         Raises:
             FileNotFoundError, ValueError: as `make_dataset`.
         """
-        if isinstance(source, (str, os.PathLike)):
+        if isinstance(source, (str, os.PathLike)) and records.is_dataset(source):
+            source = records.Records(source)
+        self._clips: Sequence[Path | clips.OrbitClip | records.Record]
+        if isinstance(source, records.Records):
+            self._clips = source
+            shapes = {f"{source!r}, shape {i}": shape for i, shape in enumerate(source.shapes)}
+        elif isinstance(source, (str, os.PathLike)):
             paths = find_clips(source)
-            self._clips: Sequence[Path | clips.OrbitClip] = paths
+            self._clips = paths
             shapes = {str(path): _probe(path) for path in paths}
         else:
             if not source:
@@ -162,7 +240,7 @@ class ClipSource:
         self._size = size
         self._cache: dict[int, Element] = {}
         self._room = cache_bytes
-        self._further: Sequence[Element] = [{}] * len(self)
+        self.further: Sequence[Element] = [{}] * len(self)
 
     def extended(self, further: Sequence[Element]) -> "ClipSource":
         """The same clips with further entries in their elements, such as embeddings of captions.
@@ -176,27 +254,28 @@ class ClipSource:
         if len(further) != len(self):
             raise ValueError(f"There are {len(self)} clips, but entries for {len(further)}.")
         other = copy.copy(self)
-        other._further = list(further)
+        other.further = list(further)
         return other
 
     def __len__(self) -> int:
         return len(self._clips)
 
     def __getitem__(self, index: int) -> Element:
-        return {**self._decoded(index), **self._further[index]}
+        return {**self._decoded(index), **self.further[index]}
 
     def _decoded(self, index: int) -> Element:
         if index in self._cache:
             return self._cache[index]
         clip = self._clips[index]
-        size = None if self._size is None else (self._size, self._size)
         name = f"clip {index}"
         if isinstance(clip, Path):
-            name, clip = str(clip), clips.read_clip(clip, size=size)
-        elif size is not None:
-            clip = clip.resized(*size)
+            name, clip = str(clip), records.read_folder(clip)
         try:
-            record = element(clip)
+            if isinstance(clip, clips.OrbitClip):
+                clip = clip if self._size is None else clip.resized(self._size, self._size)
+                record = element(clip)
+            else:
+                record = record_element(clip, size=self._size)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
         need = sum(value.nbytes for value in record.values())
@@ -226,6 +305,35 @@ def find_clips(folder: str | os.PathLike) -> list[Path]:
             f"{str(root)!r}{hint or ' holds no clips: no subfolder has a multi_frame0.png'}."
         )
     return found
+
+
+def _bytes_to_model_space(rgba: UInt8[np.ndarray, "t h w 4"]) -> Float[np.ndarray, "t h w 4"]:
+    """Straight 8-bit RGBA to colours on white, then alpha, in [-1, 1].
+
+    By channel, since numpy is slow where the inner axis is as short as 4.
+    """
+    frames = np.empty(rgba.shape, np.float32)
+    alpha = rgba[..., 3] * np.float32(1 / 255)
+    for channel in range(3):
+        color = rgba[..., channel] * np.float32(2 / 255)
+        color -= 2
+        color *= alpha
+        color += 1
+        frames[..., channel] = color
+    frames[..., 3] = 2 * alpha - 1
+    return frames
+
+
+def _on_background(sample: Element, color: clips.Color) -> Element:
+    """The same on another colour than white."""
+    views = {}
+    for view in ("dynamic", "static"):
+        frames = sample[view].copy()
+        clear = (1 - frames[..., 3]) / 2
+        for channel in range(3):
+            frames[..., channel] += 2 * (color[channel] - 1) * clear
+        views[view] = frames
+    return {**sample, **views}
 
 
 def _freeze(record: Element) -> Element:

@@ -5,10 +5,8 @@ and `clip.json` (what it was made from, and how), and lists them in `manifest.ts
 in `failures.tsv`. What is there already is kept, so a run that was stopped goes on where it was.
 """
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -21,7 +19,15 @@ import numpy as np
 from PIL import Image
 
 from d4d_jax import clips, registry
-from d4d_jax.data import blender, blender_gltf, bulk, captions, render_list, render_process
+from d4d_jax.data import (
+    blender,
+    blender_gltf,
+    bulk,
+    captions,
+    render_list,
+    render_process,
+    tables,
+)
 from d4d_jax.data.render_list import Asset
 from d4d_jax.data.render_settings import Settings
 
@@ -82,7 +88,7 @@ class Renderer:
         if job.failed:
             path = failures_path(self.out, self.settings, asset.name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, json.dumps(list(job.failed.items())))
+            tables.write_text(path, json.dumps(list(job.failed.items())))
             action, reason = next(iter(job.failed.items()))
             raise blender.plan.RenderError(
                 f"{len(job.failed)} of {job.wanted} animations failed; {action}: {reason}"
@@ -333,8 +339,8 @@ def render(
             ]
     made = sorted((path.parent.name, _read_facts(path.parent)) for path in out.glob("*/clip.json"))
     rows = [_row(name, facts) for name, facts in made if facts.get("digest") == settings.digest]
-    _write_table(out / "manifest.tsv", COLUMNS, rows)
-    _write_table(out / "failures.tsv", FAILURE_COLUMNS, failures)
+    tables.write_table(out / "manifest.tsv", COLUMNS, rows)
+    tables.write_table(out / "failures.tsv", FAILURE_COLUMNS, failures)
     shutil.rmtree(out / ".partial", ignore_errors=True)
     return len(rows), failures
 
@@ -359,7 +365,7 @@ def _claim(out: Path, settings: Settings, overwrite: bool) -> None:
                     f" {value}; choose another --out or add --overwrite."
                 )
     record.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(record, json.dumps(wanted, indent=1) + "\n")
+    tables.write_text(record, json.dumps(wanted, indent=1) + "\n")
 
 
 def failures_path(out: str | os.PathLike, settings: Settings, asset: str) -> Path:
@@ -377,20 +383,3 @@ def _row(name: str, facts: dict[str, Any]) -> tuple[str, ...]:
         "motion": "" if facts["motion"] is None else f"{facts['motion']:.4f}",
     }
     return tuple(values[column] for column in COLUMNS)
-
-
-def _write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Writes tab-separated rows; white space within a cell becomes one space."""
-    stream = io.StringIO()
-    writer = csv.writer(
-        stream, delimiter="\t", quoting=csv.QUOTE_NONE, lineterminator="\n", quotechar=None
-    )
-    writer.writerow(columns)
-    writer.writerows([" ".join(str(cell).split()) for cell in row] for row in rows)
-    _write_whole(path, stream.getvalue())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
