@@ -275,3 +275,65 @@ def test_elements_are_made_without_jax(made, monkeypatch):
 
     monkeypatch.setattr(motion.jnp, "asarray", refuse)
     assert pipeline.element(made[2])["motion"].dtype == np.float32
+
+
+def test_a_still_sample_begins_at_any_view_with_its_camera():
+    clip = synthetic.make_clip(3, num_frames=6, size=16, samples=1)
+    record = pipeline.element(clip)
+    still = {**record, "dynamic": record["static"], "motion": np.float32(0)}
+    rolled = pipeline.roll(still, 2)
+    np.testing.assert_array_equal(rolled["camera"][0], record["camera"][2])
+    np.testing.assert_array_equal(rolled["dynamic"][0], record["static"][2])
+    np.testing.assert_array_equal(rolled["dynamic"], rolled["static"])
+    for name in ("camera", "dynamic"):  # closed before and after, each other view once
+        np.testing.assert_allclose(rolled[name][0], rolled[name][-1], atol=1e-5)
+        np.testing.assert_array_equal(rolled[name][3], still[name][0])
+    opened = {**still, **{k: still[k][:5] for k in ("dynamic", "static", "camera")}}
+    shifted = pipeline.roll(opened, 4)
+    np.testing.assert_array_equal(shifted["camera"], opened["camera"][[4, 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="Only samples that stand still"):
+        pipeline.roll(record, 1)
+
+
+def test_random_starts_are_those_of_still_samples(made):
+    settings = dict(batch_size=7, seed=1, shuffle=False, random_start=True)
+    (still,) = take(pipeline.make_dataset(made, static_probability=1.0, **settings), 1)
+    starts = {
+        int(np.abs(pipeline.element(clip)["camera"] - batch[0]).sum((1, 2)).argmin())
+        for clip, batch in zip(made, still["camera"], strict=True)
+    }
+    assert len(starts) > 1
+    (moving,) = take(pipeline.make_dataset(made, **settings), 1)
+    np.testing.assert_array_equal(moving["camera"][0], pipeline.element(made[0])["camera"])
+    told = pipeline.ClipSource(made).extended([{"text": np.zeros(2)}] * 7)
+    with pytest.raises(ValueError, match="random_start"):
+        pipeline.make_dataset(told, batch_size=1, random_start=True)
+
+
+def test_the_background_is_behind_the_object_alone(made):
+    color = (0.1, 0.6, 0.3)
+    settings = dict(batch_size=7, shuffle=False, static_probability=0.5)
+    (white,) = take(pipeline.make_dataset(made, **settings), 1)
+    (batch,) = take(pipeline.make_dataset(made, background=color, **settings), 1)
+    alpha = (white["dynamic"][..., 3:] + 1) / 2
+    expected = white["dynamic"][..., :3] + 2 * (1 - alpha) * (np.asarray(color, np.float32) - 1)
+    np.testing.assert_allclose(batch["dynamic"][..., :3], expected, atol=1e-6)
+    for name in ("camera", "motion"):
+        np.testing.assert_array_equal(batch[name], white[name])
+    np.testing.assert_array_equal(batch["dynamic"][..., 3], white["dynamic"][..., 3])
+    (drawn,) = take(pipeline.make_dataset(made, background="random", **settings), 1)
+    corners = drawn["dynamic"][:, 0, 0, 0]
+    assert (corners[:, 3] == -1).all() and len(np.unique(corners[:, 0])) == 7
+    np.testing.assert_allclose(drawn["static"][:, 0, 0, 0], corners, atol=1e-6)
+
+
+def test_every_sample_has_a_key_of_its_own_that_the_seed_decides(made):
+    def keys(seed):
+        dataset = pipeline.make_dataset(made, batch_size=7, seed=seed, keys=True)
+        return np.concatenate([batch["key"] for batch in take(dataset, 3)])
+
+    first = keys(0)
+    assert first.shape == (21, 2) and first.dtype == np.uint32
+    assert len(np.unique(first, axis=0)) == 21
+    np.testing.assert_array_equal(keys(0), first)
+    assert (keys(1) != first).any()

@@ -5,7 +5,7 @@ A record is a dict of these entries; view sets that a clip lacks are left out.
     dynamic, static, front   (t, h, w, 4) uint8: straight colour (0 where transparent), then alpha
     camera                   (t, 4, 4) float32: camera-to-world of the orbit, OpenGL axes
     intrinsics               (t, 3, 3) float32, in pixels
-    motion                   float32: the magnitude m of Eq. 1 times 100, on white; NaN if unknown
+    motion                   float: the magnitude m of Eq. 1 times 100, on white; NaN if unknown
     caption                  string; may be empty
     clip, asset, action      strings: names of the clip, its 3D asset, and that asset's animation
     source, licence          strings: where the asset comes from; may be empty
@@ -18,6 +18,7 @@ and shapes. `d4d_jax.data.shards` writes it; `d4d_jax.data.tfds_orbits` turns it
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +38,7 @@ Record = dict[str, Any]
 VERSION = "1.0.0"
 
 VIEWS = ("dynamic", "static", "front")
-ARRAYS = ("camera", "intrinsics", "motion")
+ARRAYS = ("camera", "intrinsics")
 TEXTS = ("caption", "clip", "asset", "action", "source", "licence")
 
 _INDEX = "dataset.json"
@@ -86,7 +87,7 @@ def to_clip(record: Record, *, background: clips.Color = clips.WHITE) -> clips.O
     return clips.OrbitClip(
         camera=cameras.Camera(np.asarray(pose), record["intrinsics"], width=width, height=height),
         timestamps=np.linspace(0, 1, num_frames, dtype=np.float32),
-        motion=None if np.isnan(record["motion"]) else float(record["motion"]),
+        motion=None if math.isnan(record["motion"]) else record["motion"],
         caption=record["caption"],
         background=background,
         **fields,
@@ -122,7 +123,8 @@ def decode(data: bytes, views: Sequence[str] = VIEWS) -> Record:
             values = {name: archive[name] for name in wanted}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{len(data)} bytes are no record of a clip ({error}).") from error
-    return {name: str(value) if name in TEXTS else value for name, value in values.items()}
+    texts = {name: str(values[name]) for name in TEXTS}
+    return {**values, **texts, "motion": float(values["motion"])}
 
 
 class Records(Sequence[Record]):
@@ -260,14 +262,14 @@ def _facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _magnitude(record: Record) -> np.ndarray:
+def _magnitude(record: Record) -> float:
     if not {"dynamic", "static"} <= set(record):
-        return np.asarray(np.nan, np.float32)
+        return math.nan
     pair = (
         2 * clips.composite(record[view].astype(np.float32) / 255, clips.WHITE) - 1
         for view in ("dynamic", "static")
     )
-    return np.asarray(motion.motion_magnitude(*pair), np.float32)
+    return float(motion.motion_magnitude(*pair))
 
 
 def _entry(splits: Mapping[str, Any], split: str, path: str | os.PathLike) -> Any:

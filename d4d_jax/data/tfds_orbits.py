@@ -124,7 +124,8 @@ def to_record(example: dict[str, Any]) -> records.Record:
     absent = example["absent"].decode().split()
     views = [v for v in records.VIEWS if v not in absent and isinstance(example[v], np.ndarray)]
     texts = {name: example[name].decode() for name in records.TEXTS}
-    return {name: example[name] for name in (*views, *records.ARRAYS)} | texts
+    arrays = {name: example[name] for name in (*views, *records.ARRAYS)}
+    return arrays | {"motion": float(example["motion"])} | texts
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
