@@ -14,6 +14,10 @@ takes a training step of `experiments.reconstruct` apart, on a clip of the packa
     python -m experiments.benchmark --suite=memory --json=memory.json
 
 time the networks of the diffusion half beside diffusers, and tell what their programs hold.
+
+    python -m experiments.benchmark --suite=data --clips=CLIPS --json=data.json
+
+tells how many clips a second the training pipeline reads, by how they are stored.
 """
 
 import itertools
@@ -31,7 +35,15 @@ from d4d_jax.clips import read_clip
 from d4d_jax.models.level import REMATS
 from d4d_jax.models.variants import VARIANTS, expand
 from experiments import cli
-from experiments.benchmarks import measure, memory, networks, rasterizer, reconstruction, scenes
+from experiments.benchmarks import (
+    loading,
+    measure,
+    memory,
+    networks,
+    rasterizer,
+    reconstruction,
+    scenes,
+)
 from experiments.benchmarks.denoisers import PASSES, Shape
 from gaussians.rasterize import available
 
@@ -156,6 +168,18 @@ def run_memory(options: flags.FlagValues) -> tuple[list[memory.Row], str]:
     return rows, f"{measure.machine()}.\n\n{memory.table(rows)}\n\n{lines}"
 
 
+def run_data(options: flags.FlagValues) -> tuple[list[loading.Row], str]:
+    """The rows of the data suite, and their table with the machine."""
+    rows = loading.run(
+        options.clips or [str(_CLIP.parent)],
+        threads=options.threads,
+        repeats=options.repeats,
+        seconds=options.seconds,
+    )
+    about = f"{measure.machine()}; {options.threads} threads decode"
+    return rows, f"{about}; x: times faster than {loading.BASELINE}.\n\n{loading.table(rows)}"
+
+
 def _shapes(options: flags.FlagValues, latents: Sequence[int]) -> list[Shape]:
     sizes = (options.frames or _FRAMES, options.latents or latents)
     return [Shape(int(t), int(n)) for t, n in itertools.product(*sizes)]
@@ -192,6 +216,7 @@ SUITES = {
         run_networks, ("parts", "variants", "frames", "latents", "peak_tflops", *_ROUNDS)
     ),
     "memory": Suite(run_memory, ("variants", "frames", "latents", "dtypes", "passes", "remats")),
+    "data": Suite(run_data, ("clips", "threads", "repeats", "seconds")),
 }
 
 if __name__ == "__main__":
@@ -222,6 +247,8 @@ if __name__ == "__main__":
         "words", None, "A configuration of experiments/configs/reconstruct.py; may be repeated."
     )
     flags.DEFINE_string("clip", str(_CLIP), "Folder of the clip, resized to the image sizes.")
+    flags.DEFINE_multi_string("clips", None, "Folder of clips to load; default: the shipped ones.")
+    flags.DEFINE_integer("threads", 2, "That decode clips.", lower_bound=1)
     flags.DEFINE_integer(
         "repeats", 25, "Most rounds of turns that are timed together.", lower_bound=1
     )
