@@ -89,8 +89,8 @@ def write_page(
 def _section(
     name: str, meaning: str, verdicts: Sequence[Verdict], source: Path, examples: int
 ) -> str:
-    step = max(1, -(-len(verdicts) // examples)) if examples else len(verdicts) + 1
-    shown = verdicts[::step] if examples else []
+    count = min(examples, len(verdicts))
+    shown = [verdicts[i * len(verdicts) // count] for i in range(count)]
     items = "".join(_item(verdict, source) for verdict in shown)
     heading = f"{name}: {len(verdicts)}"
     if len(shown) < len(verdicts):
