@@ -80,6 +80,7 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "importlib_resources>=6",  # which tensorflow-datasets needs to build, and does not ask for
         "array_record>=0.5",
+        "msgpack>=1.0",
         "numpy>=1.26",
         "scipy>=1.11",
         "absl-py>=2.1",
