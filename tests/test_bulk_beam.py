@@ -9,7 +9,16 @@ import time
 import gltf_files
 import pytest
 
-from d4d_jax.data import render, render_list, render_process
+from d4d_jax import clips
+from d4d_jax.data import (
+    curation,
+    records,
+    render,
+    render_list,
+    render_process,
+    shards,
+    synthetic,
+)
 from d4d_jax.data.render_settings import Settings
 
 pytestmark = pytest.mark.beam
@@ -75,3 +84,18 @@ def test_two_poisoned_assets_of_ten_cost_themselves(tmp_path, runner):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/clip.json")}
     assert render.render(assets[:1], renderer, beam=[])[0] == 24  # nothing to do but the failed
     assert all(path.stat().st_mtime_ns == changed for path, changed in before.items())
+
+
+@pytest.mark.parametrize("runner", [direct, job_server, dask])
+def test_clips_are_curated_and_built_as_without_beam(tmp_path, runner):
+    source = tmp_path / "clips"
+    for i in range(6):
+        clips.write_clip(synthetic.make_clip(i, num_frames=4, size=16, samples=1), source / f"{i}")
+    (source / "3" / "multi_frame1.png").write_bytes(b"")
+    with runner() as options:
+        verdicts, failures = curation.curate(source, tmp_path / "curated", beam=options)
+        index, left_out = shards.build(source, tmp_path / "data", shard_clips=2, beam=options)
+    assert (verdicts, failures) == curation.curate(source, tmp_path / "here")
+    assert [name for name, _ in failures] == [name for name, _ in left_out] == ["3"]
+    assert shards.build(source, tmp_path / "too", shard_clips=2) == (index, left_out)
+    assert records.verify(tmp_path / "data") == records.verify(tmp_path / "too")
