@@ -40,8 +40,11 @@ def main() -> None:
         count = records.verify(options.out)
         logging.info("%d files of %s are as they were written.", count, options.out)
     if options.tfds:
-        from d4d_jax.data.tfds_orbits import OrbitClips  # its import takes seconds
+        import tensorflow_datasets as tfds  # takes seconds
 
+        from d4d_jax.data.tfds_orbits import OrbitClips
+
+        tfds.disable_progress_bar()
         builder = OrbitClips(records=options.out, data_dir=options.tfds)
         builder.download_and_prepare()
         logging.info("The TFDS data set is %s.", builder.data_dir)

@@ -365,7 +365,7 @@ def _bytes_to_model_space(rgba: UInt8[np.ndarray, "*b t h w 4"]) -> Float[np.nda
     """
     frames = np.empty(rgba.shape, np.float32)
     shape = rgba.shape[-4:]
-    alpha, color = np.empty((2, *shape[:3]), np.float32)
+    alpha, color = np.empty(shape[:3], np.float32), np.empty(shape[:3], np.float32)
     for pixels, out in zip(rgba.reshape(-1, *shape), frames.reshape(-1, *shape), strict=True):
         np.multiply(pixels[..., 3], np.float32(1 / 255), out=alpha)
         for channel in range(3):

@@ -98,7 +98,8 @@ def to_clip(record: Record, *, background: clips.Color = clips.WHITE) -> clips.O
 
 def encode(record: Record) -> bytes:
     """A record in MessagePack; equal records give equal bytes."""
-    return msgpack.packb({name: _pack(value) for name, value in record.items()})
+    data: Any = msgpack.packb({name: _pack(value) for name, value in record.items()})
+    return data
 
 
 def decode(data: bytes, views: Sequence[str] = VIEWS) -> Record:
@@ -247,7 +248,11 @@ def _pack(value: Any) -> Any:
     if not isinstance(value, np.ndarray):
         return value
     # The lowest level: for such pictures hardly larger than the highest, and the quickest to read.
-    return {"dtype": value.dtype.str, "shape": value.shape, "zlib": zlib.compress(value, 1)}
+    return {
+        "dtype": value.dtype.str,
+        "shape": value.shape,
+        "zlib": zlib.compress(value.tobytes(), 1),
+    }
 
 
 def _unpack(entry: Any) -> Any:
