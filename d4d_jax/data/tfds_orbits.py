@@ -112,10 +112,8 @@ def open_split(
         raise ValueError(
             f"{str(path)!r} has no split {split!r}, only {', '.join(builder.info.splits)}."
         )
-    # A decorator hides the constructor's signature from type checkers.
-    skip = tfds.decode.SkipDecoding()  # pyright: ignore[reportCallIssue]
-    skipped = {view: skip for view in records.VIEWS if view not in views}
-    source: Any = builder.as_data_source(split, decoders=skipped)
+    skipped = {view: tfds.decode.SkipDecoding() for view in records.VIEWS if view not in views}
+    source: Any = builder.as_data_source(split=split, decoders=skipped)
     described: Any = builder.info.features
     return source, described["dynamic"].shape[:3]
 
