@@ -107,15 +107,14 @@ def open_split(
     Raises:
         ValueError: the data set has no such split.
     """
-    builder = tfds.builder_from_directory(str(path))
+    builder: Any = tfds.builder_from_directory(str(path))
     if split not in builder.info.splits:
         raise ValueError(
             f"{str(path)!r} has no split {split!r}, only {', '.join(builder.info.splits)}."
         )
     skipped = {view: tfds.decode.SkipDecoding() for view in records.VIEWS if view not in views}
-    source: Any = builder.as_data_source(split=split, decoders=skipped)
-    described: Any = builder.info.features
-    return source, described["dynamic"].shape[:3]
+    source = builder.as_data_source(split=split, decoders=skipped)
+    return source, builder.info.features["dynamic"].shape[:3]
 
 
 def to_record(example: dict[str, Any]) -> records.Record:
