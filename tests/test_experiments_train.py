@@ -18,7 +18,7 @@ from binaries import ROOT, run_binary
 from ml_collections import config_flags
 
 from d4d_jax import clips
-from d4d_jax.data import synthetic
+from d4d_jax.data import records, synthetic
 from d4d_jax.models import bundle
 from experiments import build, cli, sample, train
 from experiments.configs import tiny
@@ -87,8 +87,8 @@ def started(monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """A list of the clips that are read."""
-    paths, read = [], clips.read_clip
-    monkeypatch.setattr(clips, "read_clip", lambda p, **named: paths.append(p) or read(p, **named))
+    paths, read = [], records.read_folder
+    monkeypatch.setattr(records, "read_folder", lambda path: paths.append(path) or read(path))
     return paths
 
 

@@ -7,6 +7,7 @@ processes of a run read disjoint parts of one stream, also when their number cha
 """
 
 import copy
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -97,7 +98,7 @@ def make_dataset(
         if rng.random() < static_probability:
             sample = _freeze(sample)
             if random_start:
-                sample = roll(sample, int(rng.integers(len(sample["camera"]))))
+                sample = roll(sample, int(rng.integers(2**31)))
         if background != clips.WHITE:
             color = rng.random(3) if background == "random" else background
             sample = {**sample, "background": np.asarray(color, np.float32)}
@@ -166,7 +167,7 @@ def record_element(record: records.Record, *, size: int | None = None) -> Elemen
 
 
 def roll(sample: Element, views: int) -> Element:
-    """A still sample whose orbit begins so many views later; cameras and frames stay together.
+    """A still sample whose orbit begins so many views later, round and round, with its cameras.
 
     The last view of a closed orbit is the first one again, also afterwards.
 
@@ -360,21 +361,37 @@ def _to_model_space(sample: Element) -> Element:
 def _bytes_to_model_space(rgba: UInt8[np.ndarray, "*b t h w 4"]) -> Float[np.ndarray, "*b t h w 4"]:
     """Straight 8-bit RGBA to colours on white, then alpha, in [-1, 1].
 
-    Clip by clip, which stays in the cache, and by channel, since numpy is slow where the inner axis
-    is as short as 4.
+    Clip by clip, which stays in the cache; where the object never is, nothing is computed; and by
+    channel, since numpy is slow where the inner axis is as short as 4.
     """
     frames = np.empty(rgba.shape, np.float32)
     shape = rgba.shape[-4:]
-    alpha, color = np.empty(shape[:3], np.float32), np.empty(shape[:3], np.float32)
+    clear = _clear(shape)
     for pixels, out in zip(rgba.reshape(-1, *shape), frames.reshape(-1, *shape), strict=True):
-        np.multiply(pixels[..., 3], np.float32(1 / 255), out=alpha)
+        out[:] = clear
+        seen = pixels[..., 3].any(0)
+        if not seen.any():
+            continue
+        rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+        box = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        pixels, out = pixels[box], out[box]
+        alpha = pixels[..., 3] * np.float32(1 / 255)
         for channel in range(3):
-            np.multiply(pixels[..., channel], np.float32(2 / 255), out=color)
-            np.subtract(color, 2, out=color)
-            np.multiply(color, alpha, out=color)
+            color = pixels[..., channel] * np.float32(2 / 255)
+            color -= 2
+            color *= alpha
             np.add(color, 1, out=out[..., channel])
-        np.multiply(alpha, 2, out=alpha)
+        alpha *= 2
         np.subtract(alpha, 1, out=out[..., 3])
+    return frames
+
+
+@functools.lru_cache(4)
+def _clear(shape: tuple[int, ...]) -> Float[np.ndarray, "t h w 4"]:
+    """A clip of nothing, on white."""
+    frames = np.ones(shape, np.float32)
+    frames[..., 3] = -1
+    frames.flags.writeable = False
     return frames
 
 
