@@ -90,8 +90,11 @@ def table(rows: Sequence[Row]) -> str:
 
 def _store(folder: str, scratch: pathlib.Path) -> dict[str, pathlib.Path]:
     """The clips in every way, all of them in the split for training."""
-    from d4d_jax.data.tfds_orbits import OrbitClips  # its import takes seconds
+    import tensorflow_datasets as tfds  # takes seconds
 
+    from d4d_jax.data.tfds_orbits import OrbitClips
+
+    tfds.disable_progress_bar()
     shards.build(folder, scratch / "records", fractions=shards.Fractions(0.0, 0.0))
     builder = OrbitClips(records=scratch / "records", data_dir=scratch / "tfds")
     builder.download_and_prepare()
