@@ -22,7 +22,7 @@ def test_exit_codes_tell_what_became_of_it(tmp_path, blender):
     (tmp_path / "captions.csv").write_text("fox,a red fox\n")
     result = render(tmp_path, blender, f"--captions={tmp_path / 'captions.csv'}")
     assert result.returncode == 0, result.stderr
-    assert "3 clips are in" in result.stderr
+    assert "1 of 1 done, 0 failed" in result.stderr and "3 clips are in" in result.stderr
     assert (tmp_path / "out" / "fox-Run" / "caption.txt").read_text() == "a red fox\n"
     (tmp_path / "glb" / "bad.glb").touch()
     result = render(tmp_path, blender)

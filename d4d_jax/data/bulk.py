@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_LOGGER = logging.getLogger(__name__)
+
 Work = Callable[[Any], dict[str, Any]]
 
 
@@ -125,7 +127,7 @@ def _attempt(work: Work, folder: Path, entry: tuple[str, Any]) -> Outcome:
     try:
         value = work(item)
     except Exception as raised:
-        logging.debug("%s failed:", key, exc_info=raised)
+        _LOGGER.debug("%s failed:", key, exc_info=raised)
         error = " ".join(str(raised).split()) or type(raised).__name__
     outcome = Outcome(key, error, round(time.monotonic() - start, 3), value)
     path = _path(folder, key)
@@ -169,7 +171,7 @@ def _run_on_beam(
         raise ValueError(
             "Apache Beam is not installed; pip install 'd4d_jax[beam]', or leave beam out."
         ) from error
-    logging.info("%d items go to Apache Beam.", len(items))
+    _LOGGER.info("%d items go to Apache Beam.", len(items))
     with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
         entries = pipeline | "Items" >> beam.Create(list(items.items()))
         # Without it a runner may fuse the steps and leave everything to one worker.
@@ -183,11 +185,11 @@ def _report(outcomes: Iterable[Outcome], total: int) -> None:
     for done, outcome in enumerate(outcomes, 1):
         if outcome.error is not None:
             failures += 1
-            logging.warning("%s failed: %s", outcome.key, outcome.error)
+            _LOGGER.warning("%s failed: %s", outcome.key, outcome.error)
         now = time.monotonic()
         if now - last >= 10 or done == total:
             last, rest = now, (now - start) / done * (total - done)
-            logging.info(
+            _LOGGER.info(
                 "%d of %d done, %d failed, %.1f a minute, %d:%02d to go.",
                 *(done, total, failures, 60 * done / max(now - start, 1e-9)),
                 *divmod(round(rest), 60),

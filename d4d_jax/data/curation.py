@@ -27,6 +27,8 @@ from d4d_jax import clips
 from d4d_jax.data import bulk, pipeline, records, tables
 from d4d_jax.metrics.ssim import ssim
 
+_LOGGER = logging.getLogger(__name__)
+
 RULES = ("label", "empty", "still", "drastic", "boundary", "duplicate")
 
 #: Of `verdicts.tsv`.
@@ -228,7 +230,7 @@ def curate(
     tables.write_text(out / "kept.txt", "".join(f"{name}\n" for name in names))
     limits = dataclasses.asdict(thresholds or Thresholds())
     tables.write_text(out / "thresholds.json", json.dumps(limits, indent=1) + "\n")
-    logging.info("%d of %d clips are kept.", len(names), len(verdicts))
+    _LOGGER.info("%d of %d clips are kept.", len(names), len(verdicts))
     return verdicts, failures
 
 

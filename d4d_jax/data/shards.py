@@ -19,6 +19,8 @@ from typing import Any
 
 from d4d_jax.data import bulk, pipeline, records, tables
 
+_LOGGER = logging.getLogger(__name__)
+
 SPLITS = ("train", "val", "test")
 FAILURE_COLUMNS = ("clip", "reason")
 
@@ -102,7 +104,7 @@ def build(
     records.write_index(out, index)
     for split in SPLITS:
         entry = index["splits"].get(split, {"clips": 0, "assets": 0})
-        logging.info("%s: %d clips of %d assets.", split, entry["clips"], entry["assets"])
+        _LOGGER.info("%s: %d clips of %d assets.", split, entry["clips"], entry["assets"])
     return index, failures
 
 
