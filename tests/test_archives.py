@@ -1,8 +1,10 @@
 """Published archives: both layouts, several renderings of an asset, damage, attacks."""
 
 import dataclasses
+import errno
 import io
 import json
+import os
 import stat
 import tarfile
 import zipfile
@@ -266,3 +268,19 @@ def test_a_password_is_told(files, tmp_path):
     path.write_bytes(bytes(data))
     count, failures = archives.unpack([path], tmp_path / "out")
     assert count == 0 and "password" in failures[0][1]
+
+
+def test_a_full_disk_ends_the_run_and_spoils_nothing(files, tmp_path, monkeypatch):
+    archive = write_zip(tmp_path / "part.zip", v1(files))
+    archives.unpack([archive], tmp_path / "out")
+    other = write_zip(tmp_path / "other.zip", v1(files, OTHER))
+
+    def full(self, stream, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(archives._Unpacker, "_copy", full)
+        with pytest.raises(OSError, match="No space left"):
+            archives.unpack([archive, other], tmp_path / "out")
+    assert_holds(tmp_path / "out" / V1, files, TREES)
+    assert archives.unpack([archive, other], tmp_path / "out") == (2, [])

@@ -12,8 +12,10 @@ these patterns.
 """
 
 import dataclasses
+import gzip
 import itertools
 import json
+import lzma
 import os
 import re
 import shutil
@@ -43,8 +45,11 @@ _CHUNK = 2**20
 
 _Stream = Any  # a binary file, as `zipfile`, `tarfile` and `open` return it
 
-#: What the readers of archives raise for damaged ones.
-_DAMAGE = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, NotImplementedError)
+#: What the readers raise for damaged archives. Other OSErrors, such as a full disk, end the run.
+_DAMAGE = (
+    *(EOFError, NotImplementedError, gzip.BadGzipFile, lzma.LZMAError, zlib.error),
+    *(tarfile.TarError, zipfile.BadZipFile),
+)
 
 
 def unpack(
