@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from d4d_jax import clips
-from d4d_jax.data import tables
+from d4d_jax.data import records, tables
 
 FAILURE_COLUMNS = ("clip", "reason")
 
@@ -173,10 +173,10 @@ class _Unpacker:
         for clip, owners in sorted(self.origins.items()):
             source = ", ".join(sorted(set(owners.values())))
             if (self.out / clip).exists():
-                there = json.loads((self.out / clip / "clip.json").read_text(encoding="utf-8"))
-                if there["source"] != source:
-                    reason = f"It is there already, from {there['source']}; name all archives of"
-                    self.failures.append((clip, f"{reason} an asset in one call."))
+                there = records.facts_of(self.out / clip).get("source", "elsewhere")
+                if there != source:
+                    reason = f"It is there already, from {there}; name all archives of an asset in"
+                    self.failures.append((clip, f"{reason} one call."))
                 continue
             folder = self.partial / clip
             try:

@@ -64,7 +64,7 @@ def read_folder(path: str | os.PathLike) -> Record:
     record["camera"] = np.asarray(orbit.opengl_camera_to_world, np.float32)
     record["intrinsics"] = np.asarray(orbit.intrinsics, np.float32)
     record["motion"] = _magnitude(record)
-    facts = _facts(folder)
+    facts = facts_of(folder)
     caption = folder / "caption.txt"
     if caption.exists():
         facts["caption"] = caption.read_text(encoding="utf-8").strip()
@@ -72,9 +72,27 @@ def read_folder(path: str | os.PathLike) -> Record:
     return record | {name: str(names.get(name) or "") for name in TEXTS}
 
 
+def facts_of(path: str | os.PathLike) -> dict[str, Any]:
+    """What the `clip.json` of a clip folder says; nothing where there is none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    file = Path(path) / "clip.json"
+    if not file.exists():
+        return {}
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} cannot be read ({error}).") from error
+    return facts
+
+
 def asset_of(path: str | os.PathLike) -> str:
     """The asset that a clip folder shows: of its `clip.json`, or else the folder's name."""
-    return str(_facts(Path(path)).get("asset") or Path(path).name)
+    return str(facts_of(path).get("asset") or Path(path).name)
 
 
 def to_clip(record: Record, *, background: clips.Color = clips.WHITE) -> clips.OrbitClip:
@@ -260,20 +278,6 @@ def _unpack(entry: Any) -> Any:
         return entry
     data = zlib.decompress(entry["zlib"], bufsize=math.prod(entry["shape"]) + 1)
     return np.frombuffer(data, entry["dtype"]).reshape(entry["shape"])
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    """What `clip.json` says; nothing where there is none."""
-    file = folder / "clip.json"
-    if not file.exists():
-        return {}
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(facts, dict):
-            raise ValueError("it holds no object")
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} cannot be read ({error}).") from error
-    return facts
 
 
 def _magnitude(record: Record) -> float:
