@@ -13,10 +13,43 @@ def denoising_loss(
     x0: Float[Array, "b *d"],
     noise: Float[Array, "b *d"],
     timestep: Int[Array, "b"],
+    *,
+    min_snr_gamma: float | int | None = None,
 ) -> Float[Array, "b"]:
-    """Mean squared error of every sample in the schedule's parametrisation (L_ldm)."""
+    """Mean squared error of every sample in the schedule's parametrisation (L_ldm).
+
+    Args:
+        min_snr_gamma: weighs samples by `min_snr_weight`; None leaves them as they are.
+    """
     error = prediction - schedule.target(x0, noise, timestep)
-    return jnp.square(error).reshape(error.shape[0], -1).mean(-1)
+    loss = jnp.square(error).reshape(error.shape[0], -1).mean(-1)
+    if min_snr_gamma is None:
+        return loss
+    return loss * min_snr_weight(schedule, timestep, min_snr_gamma)
+
+
+def min_snr_weight(
+    schedule: NoiseSchedule, timestep: Int[Array, "b"], gamma: float | int
+) -> Float[Array, "b"]:
+    """Min-SNR-gamma (Hang et al. 2023, arXiv 2303.09556): steps near the data count less.
+
+    The squared error of the implied x0 is weighted by min(snr, gamma), whatever the schedule's
+    parametrisation: as errors of eps by min(snr, gamma) / snr, of v by min(snr, gamma) / (snr + 1).
+
+    Args:
+        gamma: positive; 5 in the paper.
+
+    Raises:
+        ValueError: `gamma` is not positive.
+    """
+    if gamma <= 0:
+        raise ValueError(f"min_snr_gamma must be positive, but it is {gamma}.")
+    snr = schedule.snr(timestep)
+    if schedule.prediction == "x0":
+        return jnp.minimum(snr, gamma)
+    if schedule.prediction == "v":
+        return jnp.minimum(snr, gamma) / (snr + 1)
+    return jnp.minimum(1, gamma / jnp.maximum(snr, 1e-12))  # 1 also where no signal is left
 
 
 def motion_reconstruction_loss(
@@ -57,6 +90,7 @@ def diffusion_losses(
     *,
     omega: float | int = 1.0,
     snr_power: float | int = 0.0,
+    min_snr_gamma: float | int | None = None,
 ) -> dict[str, Float[Array, ""]]:
     """L = L_ldm + omega L_mr, means over the batch.
 
@@ -65,11 +99,14 @@ def diffusion_losses(
         static: latents of the static orbit; without them L_mr is left out.
         omega: weight of L_mr.
         snr_power: see `motion_reconstruction_loss`.
+        min_snr_gamma: see `denoising_loss`.
 
     Returns:
         "loss", and its parts "denoising" and (unweighted by omega) "motion".
     """
-    denoising = denoising_loss(schedule, prediction, x0, noise, timestep).mean()
+    denoising = denoising_loss(
+        schedule, prediction, x0, noise, timestep, min_snr_gamma=min_snr_gamma
+    ).mean()
     if static is None:
         return {"loss": denoising, "denoising": denoising}
     motion = motion_reconstruction_loss(

@@ -226,7 +226,7 @@ def build_loss(config: Config, network: Any, codec: Codec, schedule: NoiseSchedu
         latents = codec.encode(frozen["codec"], batch["dynamic"])
         static_latents = codec.encode(frozen["codec"], batch["static"])
         timestep = draw_timesteps(time_key, size, schedule.num_steps, options["timestep_shift"])
-        noise = jax.random.normal(noise_key, latents.shape)
+        noise = draw_noise(noise_key, latents.shape, options["noise_offset"])
         conditioning = dataclasses.replace(
             _conditioning(latents, batch),
             drop_prompt=jax.random.bernoulli(prompt_key, options["drop_prompt"], size),
@@ -249,6 +249,7 @@ def build_loss(config: Config, network: Any, codec: Codec, schedule: NoiseSchedu
             static_latents,
             omega=options["omega"],
             snr_power=options["snr_power"],
+            min_snr_gamma=options["min_snr_gamma"] or None,
         )
         return terms.pop("loss"), terms
 
@@ -269,6 +270,19 @@ def draw_timesteps(key: Array, shape: tuple[int, ...], num_steps: int, shift: fl
     u = jax.random.uniform(key, shape)
     u = shift * u / (1.0 + (shift - 1.0) * u)
     return jnp.minimum((u * num_steps).astype(jnp.int32), num_steps - 1)
+
+
+def draw_noise(key: Array, shape: tuple[int, ...], offset: float) -> Array:
+    """Returns normal noise, with `offset` times a normal draw per clip and channel added to it.
+
+    With such noise (Guttenberg 2023, "Diffusion with offset noise") a network learns to change the
+    mean of a whole clip, also where the last step of its schedule still holds some of it.
+    """
+    noise = jax.random.normal(key, shape)
+    if not offset:
+        return noise
+    each = (shape[0], *(1 for _ in shape[1:-1]), shape[-1])
+    return noise + offset * jax.random.normal(jax.random.fold_in(key, 1), each)
 
 
 def fit_codec(codec: Codec, source: ClipSource, base: OrbitPipeline | None = None) -> PyTree:

@@ -165,9 +165,9 @@ def check_unchanged(
         ValueError: a key differs; the message names it and both values.
     """
     before, now = _flatten(saved), _flatten(config)
-    # Found in the data, not configured; runs of earlier versions did not save it, nor `init_from`.
-    before.setdefault("data.num_frames", now.get("data.num_frames"))
-    before.setdefault("init_from", "")
+    # What runs of earlier versions did not save; the first is found in the data, not configured.
+    earlier = {"data.num_frames": now.get("data.num_frames"), "init_from": ""}
+    before = {**earlier, "loss.min_snr_gamma": 0.0, "loss.noise_offset": 0.0, **before}
     for key in sorted(before.keys() | now.keys()):
         old, new = (repr(d[key]) if key in d else "absent" for d in (before, now))
         if key not in CHANGEABLE and old != new:

@@ -233,6 +233,17 @@ def test_run_is_not_continued_on_clips_of_another_length(finished, tmp_path):
     train.check_unchanged(smoke_config(finished[0]), saved, tmp_path)
 
 
+def test_runs_of_earlier_versions_can_be_continued_as_they_were(finished, tmp_path):
+    now = smoke_config(finished[0], data__num_frames=4)
+    earlier = {name: part for name, part in now.items() if name != "init_from"}
+    new = ("min_snr_gamma", "noise_offset")
+    earlier["loss"] = {name: value for name, value in now["loss"].items() if name not in new}
+    train.check_unchanged(earlier, now, tmp_path)
+    with pytest.raises(ValueError, match=r"loss\.min_snr_gamma=0\.0, but now it is 5"):
+        now["loss"]["min_snr_gamma"] = 5
+        train.check_unchanged(earlier, now, tmp_path)
+
+
 def test_mistake_of_training_ends_in_one_sentence(tmp_path):
     result = run_train(tmp_path, tmp_path / "run")
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -362,3 +373,13 @@ def test_timesteps_favour_the_noisy_end():
     assert abs(float((even >= 750).mean()) - 0.25) < 0.03
     # u / (4 - 3 u) = 0.75 at u = 3/7: four sevenths of the draws lie above.
     assert abs(float((shifted >= 750).mean()) - 4 / 7) < 0.03
+
+
+def test_offset_noise_moves_whole_clips_and_none_leaves_the_draws_alone():
+    key, shape = jax.random.key(1), (400, 4, 5, 5, 3)
+    plain = build.draw_noise(key, shape, 0.0)
+    np.testing.assert_array_equal(plain, jax.random.normal(key, shape))
+    means = (build.draw_noise(key, shape, 0.5) - plain).reshape(400, -1, 3)
+    np.testing.assert_allclose(means, np.broadcast_to(means[:, :1], means.shape), atol=1e-6)
+    np.testing.assert_allclose(np.std(means[:, 0]), 0.5, rtol=0.1)
+    assert abs(np.corrcoef(means[:, 0].T)[0, 1]) < 0.15

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d4d_jax.losses import denoising_loss, diffusion_losses, motion_reconstruction_loss
+from d4d_jax.losses import (
+    denoising_loss,
+    diffusion_losses,
+    min_snr_weight,
+    motion_reconstruction_loss,
+)
 from d4d_jax.schedules import PREDICTIONS, cosine, scaled_linear
 
 TIMES = jnp.array([100, 600])
@@ -76,3 +81,33 @@ def test_gradients_are_finite_where_no_signal_is_left(prediction):
         return diffusion_losses(schedule, answer, x0, noise, times, static, snr_power=1.0)["loss"]
 
     assert jnp.isfinite(jax.grad(loss)(x0)).all()
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5])
+def test_min_snr_weighs_the_implied_clip_alike_in_every_parametrisation(gamma):
+    """One wrong clip, told as x0, noise or velocity, costs min(snr, gamma) times its error."""
+    x0, noise, _ = batch()
+    wrong = x0 + 0.3 * noise[::-1]
+    error = jnp.square(wrong - x0).mean((1, 2, 3, 4))
+    for prediction in PREDICTIONS:
+        schedule = cosine(prediction=prediction)
+        x_t = schedule.add_noise(x0, noise, TIMES)
+        signal, sigma = schedule.scales(TIMES, x0.ndim)
+        implied_noise = (x_t - signal * wrong) / sigma
+        answer = schedule.target(wrong, implied_noise, TIMES)
+        loss = denoising_loss(schedule, answer, x0, noise, TIMES, min_snr_gamma=gamma)
+        expected = jnp.minimum(schedule.snr(TIMES), gamma) * error
+        np.testing.assert_allclose(loss, expected, rtol=2e-4)
+        both = diffusion_losses(schedule, answer, x0, noise, TIMES, min_snr_gamma=gamma)
+        np.testing.assert_allclose(both["loss"], expected.mean(), rtol=2e-4)
+
+
+def test_min_snr_is_finite_where_no_signal_is_left_and_wants_a_positive_gamma():
+    for prediction in PREDICTIONS:
+        schedule = cosine(prediction=prediction, zero_terminal_snr=True)
+        ends = jnp.array([0, schedule.num_steps - 1])
+        weight = min_snr_weight(schedule, ends, 5)
+        assert np.isfinite(weight).all() and (np.asarray(weight) >= 0).all()
+        with pytest.raises(ValueError, match="min_snr_gamma must be positive, but it is 0"):
+            min_snr_weight(schedule, ends, 0)
+    assert min_snr_weight(cosine(prediction="eps", zero_terminal_snr=True), ends, 5)[1] == 1

@@ -57,6 +57,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         dict(
             omega=0.1,  # L_ldm + omega L_mr
             snr_power=0.0,
+            min_snr_gamma=0.0,  # 5 is usual; 0 weighs all timesteps alike
+            noise_offset=0.0,  # 0.05 to 0.1 is usual
             timestep_shift=4.0,  # above 1: more training at the noisy end
             drop_prompt=0.1,
             drop_motion=0.1,
