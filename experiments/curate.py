@@ -55,7 +55,6 @@ def main() -> None:
     )
     for rule, broken, alone, left in curation.count(verdicts):
         logging.info("%-9s %5d clips, %5d by it alone, %5d left.", rule, broken, alone, left)
-    summary = ""
     if failures:
         name, reason = failures[0]
         summary = (
