@@ -43,7 +43,7 @@ def main() -> None:
     if options.animated:
         if not Path(options.animated).is_file():
             raise FileNotFoundError(f"There is no list of assets {options.animated!r}.")
-        animated = set(Path(options.animated).read_text(encoding="utf-8").split("\n"))
+        animated = set(Path(options.animated).read_text(encoding="utf-8").splitlines())
     thresholds = Thresholds(**{name: getattr(options, name) for name in _HELP})
     verdicts, failures = curation.curate(
         options.clips,

@@ -94,18 +94,13 @@ def make_dataset(
             "random_start would leave the entries of `extended` at the old first view."
         )
 
-    def vary(sample: Element, rng: np.random.Generator) -> Element:
-        if rng.random() < static_probability:
-            sample = _freeze(sample)
-            if random_start:
-                sample = roll(sample, int(rng.integers(2**31)))
-        if background != clips.WHITE:
-            color = rng.random(3) if background == "random" else background
-            sample = {**sample, "background": np.asarray(color, np.float32)}
-        if keys:
-            sample = {**sample, "key": rng.integers(2**32, size=2, dtype=np.uint32)}
-        return sample
-
+    vary = functools.partial(
+        _vary,
+        static_probability=static_probability,
+        random_start=random_start,
+        background=background,
+        keys=keys,
+    )
     dataset = grain.MapDataset.source(_Stored(clip_source)).seed(seed)
     if shuffle:
         dataset = dataset.shuffle()
@@ -393,6 +388,28 @@ def _clear(shape: tuple[int, ...]) -> Float[np.ndarray, "t h w 4"]:
     frames[..., 3] = -1
     frames.flags.writeable = False
     return frames
+
+
+def _vary(
+    sample: Element,
+    rng: np.random.Generator,
+    *,
+    static_probability: float,
+    random_start: bool,
+    background: clips.Color | Literal["random"],
+    keys: bool,
+) -> Element:
+    """A sample with what is drawn for it, as `make_dataset` describes."""
+    if rng.random() < static_probability:
+        sample = _freeze(sample)
+        if random_start:
+            sample = roll(sample, int(rng.integers(2**31)))
+    if background != clips.WHITE:
+        color = rng.random(3) if background == "random" else background
+        sample = {**sample, "background": np.asarray(color, np.float32)}
+    if keys:
+        sample = {**sample, "key": rng.integers(2**32, size=2, dtype=np.uint32)}
+    return sample
 
 
 def _freeze(record: Element) -> Element:
