@@ -78,38 +78,3 @@ def motion_reconstruction_loss(
     if snr_power == 0.0:
         return jnp.square(error)
     return jnp.square(error) * jnp.minimum(schedule.snr(timestep), 1.0) ** snr_power
-
-
-def diffusion_losses(
-    schedule: NoiseSchedule,
-    prediction: Float[Array, "b t h w c"],
-    x0: Float[Array, "b t h w c"],
-    noise: Float[Array, "b t h w c"],
-    timestep: Int[Array, "b"],
-    static: Float[Array, "b t h w c"] | None = None,
-    *,
-    omega: float | int = 1.0,
-    snr_power: float | int = 0.0,
-    min_snr_gamma: float | int | None = None,
-) -> dict[str, Float[Array, ""]]:
-    """L = L_ldm + omega L_mr, means over the batch.
-
-    Args:
-        prediction: the network's answer at `schedule.add_noise(x0, noise, timestep)`.
-        static: latents of the static orbit; without them L_mr is left out.
-        omega: weight of L_mr.
-        snr_power: see `motion_reconstruction_loss`.
-        min_snr_gamma: see `denoising_loss`.
-
-    Returns:
-        "loss", and its parts "denoising" and (unweighted by omega) "motion".
-    """
-    denoising = denoising_loss(
-        schedule, prediction, x0, noise, timestep, min_snr_gamma=min_snr_gamma
-    ).mean()
-    if static is None:
-        return {"loss": denoising, "denoising": denoising}
-    motion = motion_reconstruction_loss(
-        schedule, prediction, x0, noise, timestep, static, snr_power=snr_power
-    ).mean()
-    return {"loss": denoising + omega * motion, "denoising": denoising, "motion": motion}

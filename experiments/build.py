@@ -18,23 +18,23 @@ from jax import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
 import d4d_jax
-from d4d_jax import losses, media, registry
+from d4d_jax import media, registry
+from d4d_jax.data import records
 from d4d_jax.data.pipeline import ClipSource, make_dataset
 from d4d_jax.models import autoencoder_kl, unet, vae, variants  # noqa: F401 (they register names)
-from d4d_jax.models.conditioning import Conditioning
+from d4d_jax.motion import MotionCondition
+from d4d_jax.objective import TOLD, DiffusionObjective
 from d4d_jax.pipeline import OrbitPipeline
 from d4d_jax.schedules import NoiseSchedule
 from d4d_jax.train.state import TrainState, create_state
-from d4d_jax.train.step import LossFn, Metrics
+from d4d_jax.train.validation import Validation
 from d4d_jax.typing import Codec, PyTree
 
+Told = Callable[[ClipSource], ClipSource]
 Config = Mapping[str, Any]  # an ml_collections.ConfigDict, or the plain dict saved from one
 
 #: The clips that are shipped with the package.
 EMBEDDED_CLIPS = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips"
-
-#: Conditions that are encoded before the training; the others come with the latents.
-TOLD = ("context", "null_context", "image_embedding")
 
 #: What `build_sampler` shows: the number of clips, and the sampling steps of each.
 SAMPLED_CLIPS, SAMPLING_STEPS = 2, 20
@@ -142,8 +142,37 @@ def build_dataset(config: Config, source: ClipSource) -> grain.IterDataset:
         batch_size=config["batch_size"],
         seed=config["seed"],
         static_probability=config["data"]["static_probability"],
+        keys=True,
     )
     return dataset.map(_without_caption)
+
+
+def build_validation(config: Config, objective: DiffusionObjective, told: Told) -> Validation:
+    """Returns the losses on clips that are not trained on.
+
+    They are those of `data.validation`, or, where that is empty, of the split "val" of `data.path`.
+
+    Args:
+        told: makes the source that it is given ready for the network.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, or they cannot be used.
+    """
+    data = config["data"]
+    source: Any = data["validation"]
+    if not source:
+        if not (data["path"] and records.is_dataset(data["path"])):
+            raise ValueError(
+                "validate_every needs clips that are not trained on: set --config.data.validation,"
+                " or --config.data.path to a data set with a split 'val'."
+            )
+        source = records.Records(data["path"], "val")
+    source = told(ClipSource(source, size=data["size"]))
+    return Validation(
+        objective.evaluate,
+        grain.MapDataset.source(source).map(_without_caption),
+        num_timesteps=objective.schedule.num_steps,
+    )
 
 
 def example_batch(source: ClipSource) -> PyTree:
@@ -216,73 +245,17 @@ def build_rate(config: Config) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
-def build_loss(config: Config, network: Any, codec: Codec, schedule: NoiseSchedule) -> LossFn:
-    """Returns L_ldm + omega L_mr of a batch of `build_dataset`, with random prompt dropout."""
-    options = config["loss"]
+def build_objective(
+    config: Config, network: Any, codec: Codec, schedule: NoiseSchedule
+) -> DiffusionObjective:
+    """Returns the training objective: L_ldm + omega L_mr of a batch of `build_dataset`.
 
-    def loss_fn(params: PyTree, frozen: PyTree, batch: PyTree, key: Array) -> tuple[Array, Metrics]:
-        size = batch["motion"].shape
-        time_key, noise_key, prompt_key, motion_key, dropout_key = jax.random.split(key, 5)
-        latents = codec.encode(frozen["codec"], batch["dynamic"])
-        static_latents = codec.encode(frozen["codec"], batch["static"])
-        timestep = draw_timesteps(time_key, size, schedule.num_steps, options["timestep_shift"])
-        noise = draw_noise(noise_key, latents.shape, options["noise_offset"])
-        conditioning = dataclasses.replace(
-            _conditioning(latents, batch),
-            drop_prompt=jax.random.bernoulli(prompt_key, options["drop_prompt"], size),
-            drop_motion=jax.random.bernoulli(motion_key, options["drop_motion"], size),
-        )
-        prediction = network.apply(
-            {"params": params},
-            schedule.add_noise(latents, noise, timestep),
-            timestep,
-            conditioning,
-            train=True,
-            rngs={"dropout": dropout_key},
-        )
-        terms = losses.diffusion_losses(
-            schedule,
-            prediction,
-            latents,
-            noise,
-            timestep,
-            static_latents,
-            omega=options["omega"],
-            snr_power=options["snr_power"],
-            min_snr_gamma=options["min_snr_gamma"] or None,
-        )
-        return terms.pop("loss"), terms
-
-    return loss_fn
-
-
-def _conditioning(latents: Array, batch: PyTree) -> Conditioning:
-    told = {name: batch[name] for name in TOLD if name in batch}
-    return Conditioning(image=latents[:, 0], camera=batch["camera"], motion=batch["motion"], **told)
-
-
-def draw_timesteps(key: Array, shape: tuple[int, ...], num_steps: int, shift: float) -> Array:
-    """Returns random timesteps in [0, num_steps), int32; a `shift` above 1 favours noisy ones.
-
-    u becomes shift u / (1 + (shift - 1) u), as in Esser et al. 2024 (arXiv 2403.03206); with
-    shift 1 they are uniform. The noisiest steps decide what a sampled clip shows.
+    Raises:
+        ValueError: a wrong name or value among `loss` and `motion`.
     """
-    u = jax.random.uniform(key, shape)
-    u = shift * u / (1.0 + (shift - 1.0) * u)
-    return jnp.minimum((u * num_steps).astype(jnp.int32), num_steps - 1)
-
-
-def draw_noise(key: Array, shape: tuple[int, ...], offset: float) -> Array:
-    """Returns normal noise, with `offset` times a normal draw per clip and channel added to it.
-
-    With such noise (Guttenberg 2023, "Diffusion with offset noise") a network learns to change the
-    mean of a whole clip, also where the last step of its schedule still holds some of it.
-    """
-    noise = jax.random.normal(key, shape)
-    if not offset:
-        return noise
-    each = (shape[0], *(1 for _ in shape[1:-1]), shape[-1])
-    return noise + offset * jax.random.normal(jax.random.fold_in(key, 1), each)
+    options = dict(config["loss"])
+    motion = MotionCondition(**options.pop("motion", {}))
+    return DiffusionObjective(network, codec, schedule, motion=motion, **options)
 
 
 def fit_codec(codec: Codec, source: ClipSource, base: OrbitPipeline | None = None) -> PyTree:
@@ -309,8 +282,7 @@ def fit_codec(codec: Codec, source: ClipSource, base: OrbitPipeline | None = Non
 
 def init_state(
     config: Config,
-    network: Any,
-    codec: Codec,
+    objective: DiffusionObjective,
     codec_params: PyTree,
     batch: PyTree,
     base: OrbitPipeline | None = None,
@@ -318,6 +290,7 @@ def init_state(
     """Returns the state before the first step, for batches shaped like `batch`.
 
     Args:
+        objective: whose network is trained.
         base: whose parameters the network starts with; None: random ones.
 
     Raises:
@@ -326,9 +299,10 @@ def init_state(
     init_key, run_key = jax.random.split(jax.random.key(config["seed"]))
 
     def init(key: Array, codec_params: PyTree, batch: PyTree) -> PyTree:
-        latents = codec.encode(codec_params, batch["dynamic"])
+        latents, static = objective.latents({"codec": codec_params}, batch)
         timestep = jnp.zeros(latents.shape[:1], jnp.int32)
-        return network.init(key, latents, timestep, _conditioning(latents, batch))["params"]
+        told = objective.conditioning(batch, latents, static)
+        return objective.network.init(key, latents, timestep, told)["params"]
 
     one = jax.tree.map(lambda leaf: leaf[:1], batch)
     if base is None:

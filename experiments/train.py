@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags, logging
 
 from d4d_jax import pipeline
+from d4d_jax.data.pipeline import ClipSource
 from d4d_jax.models import bundle
 from d4d_jax.train import loop, sharding, writers
 from d4d_jax.train.checkpoint import Checkpointer
@@ -91,6 +92,7 @@ def _train(
         log_every=config["log_every"],
         checkpoint_every=config["checkpoint_every"],
         sample_every=config["sample_every"],
+        validate_every=config["validate_every"],
     )
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config["batch_size"], mesh)
@@ -106,8 +108,11 @@ def _train(
     config = config | {"data": config["data"] | {"num_frames": source.num_frames}}
     if saved:
         check_unchanged(saved, config, workdir)
-    if base:
-        source = build.tell(source, base)
+
+    def told(clips: ClipSource) -> ClipSource:
+        return build.tell(clips, base) if base else clips
+
+    source = told(source)
     data = iter(build.build_dataset(config, source))
 
     # Model.
@@ -116,9 +121,12 @@ def _train(
     codec_params = _restore_codec(folder) if saved else build.fit_codec(codec, source, base)
     batch = build.example_batch(source)
     network = build.build_network(config, build.latent_channels(codec, codec_params, batch))
-    state = build.init_state(config, network, codec, codec_params, batch, base)
-    loss_fn = build.build_loss(config, network, codec, schedule)
-    step_fn = make_train_step(loss_fn, optimizer, ema_decay=config["ema_decay"])
+    objective = build.build_objective(config, network, codec, schedule)
+    state = build.init_state(config, objective, codec_params, batch, base)
+    step_fn = make_train_step(objective, optimizer, ema_decay=config["ema_decay"])
+    on_validate = None
+    if options.validate_every:
+        on_validate = build.build_validation(config, objective, told)
     on_sample = build.build_sampler(config, source, base) if options.sample_every else None
 
     # Everything is known to be sound: write from here on.
@@ -148,6 +156,7 @@ def _train(
             writer=writer,
             config=config,
             on_sample=on_sample,
+            on_validate=on_validate,
         )
 
 

@@ -16,7 +16,8 @@ def example(batch=2, **extra):
 
 def test_without_prompt_drops_prompt_and_motion_and_keeps_the_camera():
     dropped = example(motion=jnp.ones((2,))).without_prompt()
-    assert dropped.drop_prompt.all() and dropped.drop_motion.all()
+    assert dropped.drop_text.all() and dropped.drop_image.all() and dropped.drop_motion.all()
+    assert dropped.drop_static is None and example().without_prompt(static=True).drop_static.all()
     np.testing.assert_array_equal(dropped.camera, example().camera)
     assert Conditioning().without_prompt() == Conditioning()
 
@@ -43,7 +44,7 @@ def test_concatenate_fills_masks_and_motion_that_are_absent():
     assert joined.batch_size == 5 and joined.camera.shape == (5, 5, 4, 4)
     np.testing.assert_array_equal(joined.motion, [4, 5, 0, 4, 5])
     np.testing.assert_array_equal(joined.drop_motion, [False, False, True, True, True])
-    np.testing.assert_array_equal(joined.drop_prompt, [False, False, False, True, True])
+    np.testing.assert_array_equal(joined.drop_text, [False, False, False, True, True])
     assert joined.context is None
 
 

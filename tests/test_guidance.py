@@ -29,7 +29,7 @@ def spread(value):
 def network(x_t, timestep, conditioning):
     """Adds 100 for a prompt and the motion magnitude for a motion that is not dropped."""
     ones = jnp.ones((x_t.shape[0],))
-    kept = ones if conditioning.drop_prompt is None else ~conditioning.drop_prompt
+    kept = ones if conditioning.drop_text is None else ~conditioning.drop_text
     moving = ones if conditioning.drop_motion is None else ~conditioning.drop_motion
     assert conditioning.camera.shape[0] == x_t.shape[0] == timestep.shape[0]
     return x_t + spread(100.0 * kept + conditioning.motion * moving + 0.001 * timestep)

@@ -17,6 +17,7 @@ LAYERS = [
     ["clips", "losses"],
     ["models", "guidance"],
     ["sampling", "conversion"],
+    ["objective"],
     ["pipeline"],
 ]
 

@@ -7,7 +7,6 @@ import pytest
 
 from d4d_jax.losses import (
     denoising_loss,
-    diffusion_losses,
     min_snr_weight,
     motion_reconstruction_loss,
 )
@@ -25,10 +24,10 @@ def test_the_true_answer_costs_nothing(prediction):
     schedule = cosine(prediction=prediction)
     x0, noise, static = batch()
     answer = schedule.target(x0, noise, TIMES)
-    losses = diffusion_losses(schedule, answer, x0, noise, TIMES, static)
-    assert losses["denoising"] == 0.0
-    np.testing.assert_allclose(losses["motion"], 0.0, atol=1e-8)
-    assert set(losses) == {"loss", "denoising", "motion"}
+    clips = (answer, x0, noise, TIMES)
+    np.testing.assert_array_equal(denoising_loss(schedule, *clips), 0.0)
+    motion = motion_reconstruction_loss(schedule, *clips, static)
+    np.testing.assert_allclose(motion, 0.0, atol=1e-8)
 
 
 def test_denoising_loss_is_the_mean_square_of_every_sample():
@@ -62,15 +61,6 @@ def test_snr_weight_tames_the_noisy_end_under_eps():
     assert plain[1] > 1e3 * even[1]
 
 
-def test_total_is_the_weighted_sum_and_motion_is_optional():
-    schedule = cosine()
-    x0, noise, static = batch()
-    both = diffusion_losses(schedule, x0, x0, noise, TIMES, static, omega=0.25)
-    np.testing.assert_allclose(both["loss"], both["denoising"] + 0.25 * both["motion"], rtol=1e-6)
-    alone = diffusion_losses(schedule, x0, x0, noise, TIMES)
-    assert alone["loss"] == both["denoising"] and "motion" not in alone
-
-
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_gradients_are_finite_where_no_signal_is_left(prediction):
     schedule = cosine(prediction=prediction)
@@ -78,7 +68,9 @@ def test_gradients_are_finite_where_no_signal_is_left(prediction):
     times = jnp.array([0, 999])
 
     def loss(answer):
-        return diffusion_losses(schedule, answer, x0, noise, times, static, snr_power=1.0)["loss"]
+        clips = (schedule, answer, x0, noise, times)
+        motion = motion_reconstruction_loss(*clips, static, snr_power=1.0)
+        return (denoising_loss(*clips) + motion).mean()
 
     assert jnp.isfinite(jax.grad(loss)(x0)).all()
 
@@ -98,8 +90,6 @@ def test_min_snr_weighs_the_implied_clip_alike_in_every_parametrisation(gamma):
         loss = denoising_loss(schedule, answer, x0, noise, TIMES, min_snr_gamma=gamma)
         expected = jnp.minimum(schedule.snr(TIMES), gamma) * error
         np.testing.assert_allclose(loss, expected, rtol=2e-4)
-        both = diffusion_losses(schedule, answer, x0, noise, TIMES, min_snr_gamma=gamma)
-        np.testing.assert_allclose(both["loss"], expected.mean(), rtol=2e-4)
 
 
 def test_min_snr_is_finite_where_no_signal_is_left_and_wants_a_positive_gamma():

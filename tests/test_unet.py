@@ -59,7 +59,7 @@ def example(fields, batch=2, frames=FRAMES, size=4):
         image=image,
         camera=normal(2, batch, frames, 4, 4),
         motion=jnp.linspace(5.0, 15.0, batch),
-        drop_prompt=kept,
+        drop_image=kept,
         drop_motion=kept,
     )
     return normal(3, batch, frames, size, size, channels), jnp.full((batch,), 321), conditioning
@@ -139,7 +139,7 @@ def test_every_condition_has_an_effect(small, name):
 def test_dropped_conditions_have_no_effect_and_only_for_the_masked_samples(small):
     (x, t, conditioning), params, apply = small
     masked = jnp.array([True, False])
-    conditioning = replace(conditioning, drop_prompt=masked, drop_motion=masked)
+    conditioning = replace(conditioning, drop_image=masked, drop_motion=masked)
     image, motion = conditioning.image + 1.0, conditioning.motion + 5.0
     one = apply(params, x, t, conditioning)
     other = apply(params, x, t, replace(conditioning, image=image, motion=motion))

@@ -115,7 +115,8 @@ def test_the_unconditional_branch_keeps_the_image_and_drops_its_embedding(i2v):
         dropped,
         context=null,
         image_embedding=jnp.zeros_like(conditioning.image_embedding),
-        drop_prompt=jnp.zeros((2,), bool),
+        drop_text=jnp.zeros((2,), bool),
+        drop_image=jnp.zeros((2,), bool),
     )
     found, expected = (run(I2V, params, (x, t, c)) for c in (dropped, spelt))
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -214,7 +215,7 @@ def test_conditions_that_do_not_fit_are_named(changes, sentence):
     ("name", "shape", "sentence"),
     [
         ("motion", (1,), r"a 'motion' for each clip \(2\); got \(1,\)"),
-        ("drop_prompt", (1,), r"a 'drop_prompt' for each clip \(2\); got \(1,\)"),
+        ("drop_text", (1,), r"a 'drop_text' for each clip \(2\); got \(1,\)"),
         ("drop_motion", (3,), r"a 'drop_motion' for each clip \(2\); got \(3,\)"),
         ("null_context", (2, 6, 12), r"a null context \(2, 5, 12\); got \(2, 6, 12\)"),
         ("null_context", (1, 5, 12), r"a null context \(2, 5, 12\); got \(1, 5, 12\)"),

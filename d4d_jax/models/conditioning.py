@@ -26,8 +26,9 @@ class Conditioning:
         motion: motion magnitude of every clip (Eq. 1, the x100 scale).
         null_context: tokens that replace the text of samples whose prompt is dropped, for example
             the embedding of a negative prompt; zeros when absent.
-        drop_prompt: True where image and text are dropped (images -> zeros, text ->
-            `null_context`). The static asset stays.
+        drop_text: True where the text is dropped (replaced by `null_context`).
+        drop_image: True where the image and its embedding are dropped (zeros).
+        drop_static: True where the static asset is dropped (zeros).
         drop_motion: True where the motion magnitude is replaced by the null embedding.
     """
 
@@ -38,7 +39,9 @@ class Conditioning:
     camera: Float[AnyArray, "b t 4 4"] | None = None
     motion: Float[AnyArray, "b"] | None = None
     null_context: Float[AnyArray, "b n d"] | None = None
-    drop_prompt: Bool[AnyArray, "b"] | None = None
+    drop_text: Bool[AnyArray, "b"] | None = None
+    drop_image: Bool[AnyArray, "b"] | None = None
+    drop_static: Bool[AnyArray, "b"] | None = None
     drop_motion: Bool[AnyArray, "b"] | None = None
 
     @property
@@ -49,12 +52,18 @@ class Conditioning:
             raise ValueError("An empty Conditioning has no batch size.")
         return leaves[0].shape[0]
 
-    def without_prompt(self) -> "Conditioning":
-        """Prompt and motion dropped, camera kept: the condition of eps(z_t, t) in Eq. 3."""
+    def without_prompt(self, *, static: bool = False) -> "Conditioning":
+        """Prompt and motion dropped, camera kept: the condition of eps(z_t, t) in Eq. 3.
+
+        Args:
+            static: whether a static asset is dropped as well; a network that never was without
+                one in training (`DiffusionObjective.drop_static`) should keep it.
+        """
         if not jax.tree.leaves(self):
             return self
         dropped = jnp.ones((self.batch_size,), bool)
-        return dataclasses.replace(self, drop_prompt=dropped, drop_motion=dropped)
+        names = ("drop_text", "drop_image", "drop_motion", *(("drop_static",) if static else ()))
+        return dataclasses.replace(self, **dict.fromkeys(names, dropped))
 
     def with_motion(self, motion: ArrayLike) -> "Conditioning":
         """The same conditions with another motion magnitude: one number, or one for every clip."""

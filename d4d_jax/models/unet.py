@@ -126,7 +126,8 @@ class SpatioTemporalUNet(nn.Module):
         x = convolution(channels[0], dtype=self.dtype, name="conv_in")(x)
         if self.static_channels:
             options = {"use_bias": False, "kernel_init": zeros, "dtype": self.dtype}
-            static = jnp.asarray(conditioning.static).astype(self.dtype)
+            static = _drop(jnp.asarray(conditioning.static), conditioning.drop_static, 0.0)
+            static = static.astype(self.dtype)
             x = x + convolution(channels[0], **options, name="static_in")(static)
         if self.init_heads:
             heads = {"heads": self.init_heads, "head_dim": self.init_head_dim}
@@ -199,7 +200,7 @@ class SpatioTemporalUNet(nn.Module):
         if self.context_dim and conditioning.context is not None:
             text = conditioning.context
             null = conditioning.null_context
-            tokens.append(_drop(text, conditioning.drop_prompt, 0.0 if null is None else null))
+            tokens.append(_drop(text, conditioning.drop_text, 0.0 if null is None else null))
         if self.image_tokens:
             make = ImageTokens(self.context_dim, dtype=self.dtype, name="image_tokens")
             image = make(jnp.asarray(conditioning.image))
@@ -207,7 +208,7 @@ class SpatioTemporalUNet(nn.Module):
         if self.image_embedding:
             make = ImageEmbedding(4 * self.width, dtype=self.dtype, name="image_embedding")
             embedding = jnp.asarray(conditioning.image_embedding)
-            tokens.append(make(_drop(embedding, conditioning.drop_prompt, 0.0)))
+            tokens.append(make(_drop(embedding, conditioning.drop_image, 0.0)))
         if self.context_dim and not tokens:
             raise ValueError(
                 "The network attends to context tokens and got none: pass"
@@ -233,7 +234,7 @@ class SpatioTemporalUNet(nn.Module):
         return jnp.concatenate([x_t, image, position], axis=-1)
 
     def _image_mask(self, conditioning: Conditioning) -> AnyArray | None:
-        return conditioning.drop_prompt if self.drop_image else None
+        return conditioning.drop_image if self.drop_image else None
 
     def _check(self, x_t: AnyArray, timestep: AnyArray, conditioning: Conditioning) -> None:
         if x_t.ndim != 5:
@@ -277,7 +278,7 @@ class SpatioTemporalUNet(nn.Module):
         if d and conditioning.context is not None and conditioning.null_context is not None:
             tokens = conditioning.context.shape[1]
             needed["null_context"] = ("a null context", True, (b, tokens, d))
-        for name in ("motion", "drop_prompt", "drop_motion"):
+        for name in ("motion", "drop_text", "drop_image", "drop_static", "drop_motion"):
             used = getattr(conditioning, name) is not None
             needed[name] = (f"a {name!r} for each clip", used, (b,))
         for name, (thing, used, shape) in needed.items():

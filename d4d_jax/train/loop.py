@@ -30,22 +30,26 @@ class LoopOptions:
         log_every: distance between two lines of metrics (means over that stretch).
         checkpoint_every: distance between two checkpoints; the last step always gets one.
         sample_every: distance between two calls of `on_sample`; 0 means never.
+        validate_every: distance between two calls of `on_validate`, of which there is also one
+            before the first and one after the last step; 0 means never.
 
     Raises:
-        ValueError: one of them is below 1 (`sample_every`: below 0).
+        ValueError: one of them is below 1 (`sample_every`, `validate_every`: below 0).
     """
 
     num_steps: int
     log_every: int = 50
     checkpoint_every: int = 500
     sample_every: int = 0
+    validate_every: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("num_steps", 1), ("log_every", 1), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        if self.sample_every < 0:
-            raise ValueError(f"sample_every must be 0 or more, not {self.sample_every}.")
+        for name in ("sample_every", "validate_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}.")
 
 
 def train(
@@ -59,6 +63,7 @@ def train(
     writer: MetricWriter,
     config: Mapping[str, Any],
     on_sample: Callable[[TrainState], Mapping[str, Any]] | None = None,
+    on_validate: Callable[[TrainState], Mapping[str, float]] | None = None,
 ) -> TrainState:
     """Trains from `state.step` to `options.num_steps` and returns the final state.
 
@@ -72,6 +77,7 @@ def train(
         writer: receives the metrics, plus `steps_per_second` and `eta_seconds`.
         config: saved with every checkpoint.
         on_sample: returns images `(h w 3)` in [0, 1] to write, for example a contact sheet.
+        on_validate: returns scalars to write, for example the loss on other clips.
 
     Raises:
         FloatingPointError: a metric (the gradient's norm is one), a parameter or an averaged
@@ -80,6 +86,8 @@ def train(
     """
     state = sharding.place_state(state, mesh)
     first = int(state.step)
+    if on_validate and options.validate_every and first == 0:
+        writer.write_scalars(0, on_validate(state))
     pending: list[Metrics] = []  # on the device; fetched once per line so steps overlap
     mark_time, mark_step = time.perf_counter(), first
     for step in range(first + 1, options.num_steps + 1):
@@ -97,6 +105,12 @@ def train(
             writer.write_scalars(step, {**means, "steps_per_second": speed, "eta_seconds": eta})
             writer.flush()
             pending = []
+            mark_time, mark_step = time.perf_counter(), step
+        # Validation.
+        if on_validate and options.validate_every and (
+            is_last or step % options.validate_every == 0
+        ):
+            writer.write_scalars(step, on_validate(state))
             mark_time, mark_step = time.perf_counter(), step
         # Samples.
         if on_sample and options.sample_every and step % options.sample_every == 0:

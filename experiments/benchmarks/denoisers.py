@@ -156,7 +156,7 @@ def _loss(network: SpatioTemporalUNet) -> LossFn:
             train=True,
             rngs={"dropout": dropout_key},
         )
-        return losses.diffusion_losses(schedule, prediction, x0, noise, t)["loss"], {}
+        return losses.denoising_loss(schedule, prediction, x0, noise, t).mean(), {}
 
     return loss
 

@@ -21,12 +21,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.log_every = 50
     config.checkpoint_every = 500
     config.sample_every = 0
+    config.validate_every = 0  # steps between the losses on clips that are not trained on
     config.keep_checkpoints = 2
     config.init_from = ""  # a model to start from: a file, or a folder of converted weights
 
     config.data = ml_collections.ConfigDict(
         dict(
             path="",  # a folder of clip folders; empty: the clips shipped with the package
+            validation="",  # likewise, not trained on; empty: the split "val" of a data set
             size=64,
             static_probability=0.3,  # the same network at m = 0 is the 3D-aware network
         )
@@ -60,8 +62,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             min_snr_gamma=0.0,  # 5 is usual; 0 weighs all timesteps alike
             noise_offset=0.0,  # 0.05 to 0.1 is usual
             timestep_shift=4.0,  # above 1: more training at the noisy end
-            drop_prompt=0.1,
+            drop_prompt=0.1,  # text and image together
+            drop_text=0.0,  # each on its own
+            drop_image=0.0,
+            drop_static=0.0,
             drop_motion=0.1,
+            # What the network is told: "pixel" or "latent", times a scale, "mean" or "sum".
+            motion=dict(space="pixel", scale=100.0, reduction="mean"),
         )
     )
     config.optimizer = ml_collections.ConfigDict(
