@@ -172,9 +172,7 @@ class DiffusionObjective:
         prediction = self.network.apply({"params": params}, x_t, timestep, told, **options)
         clips = (prediction, latents, noise, timestep)
         return (
-            losses.denoising_loss(
-                self.schedule, *clips, min_snr_gamma=self.min_snr_gamma or None
-            ),
+            losses.denoising_loss(self.schedule, *clips, min_snr_gamma=self.min_snr_gamma or None),
             losses.motion_reconstruction_loss(
                 self.schedule, *clips, static, snr_power=self.snr_power
             ),

@@ -49,11 +49,16 @@ class Codec(Protocol):
 
 @runtime_checkable
 class MetricWriter(Protocol):
-    """Receives scalars and images during training; signatures as in clu.metric_writers."""
+    """Receives what training reports; signatures as in clu.metric_writers.
+
+    Images are (h, w, 3) and videos (t, h, w, 3), in [0, 1].
+    """
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None: ...
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None: ...
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None: ...
 
     def flush(self) -> None: ...
 

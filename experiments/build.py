@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from optax.contrib import MuonDimensionNumbers, muon
+from jax.sharding import Mesh
 
 import d4d_jax
 from d4d_jax import media, registry
@@ -26,7 +26,10 @@ from d4d_jax.motion import MotionCondition
 from d4d_jax.objective import TOLD, DiffusionObjective
 from d4d_jax.pipeline import OrbitPipeline
 from d4d_jax.schedules import NoiseSchedule
+from d4d_jax.train import lora, sharding
+from d4d_jax.train.optimizer import learning_rate, make_optimizer
 from d4d_jax.train.state import TrainState, create_state
+from d4d_jax.train.step import LossFn, Metrics
 from d4d_jax.train.validation import Validation
 from d4d_jax.typing import Codec, PyTree
 
@@ -139,12 +142,28 @@ def build_dataset(config: Config, source: ClipSource) -> grain.IterDataset:
     """
     dataset = make_dataset(
         source,
-        batch_size=config["batch_size"],
+        batch_size=config["batch_size"] // jax.process_count(),
         seed=config["seed"],
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
         static_probability=config["data"]["static_probability"],
         keys=True,
     )
     return dataset.map(_without_caption)
+
+
+def build_loss(config: Config, objective: DiffusionObjective) -> LossFn:
+    """Returns what is minimised: the objective, of the adapters when there are any."""
+    options = config["lora"]
+    return lora.adapted(objective, alpha=options["alpha"]) if options["rank"] else objective
+
+
+def whole_params(config: Config, params: PyTree, frozen: PyTree) -> PyTree:
+    """Returns the parameters of the network, with the adapters in them when there are any."""
+    options = config.get("lora", {"rank": 0})
+    if not options["rank"]:
+        return params
+    return lora.merge(frozen["base"], params, alpha=options["alpha"])
 
 
 def build_validation(config: Config, objective: DiffusionObjective, told: Told) -> Validation:
@@ -168,8 +187,13 @@ def build_validation(config: Config, objective: DiffusionObjective, told: Told) 
             )
         source = records.Records(data["path"], "val")
     source = told(ClipSource(source, size=data["size"]))
+
+    def evaluate(params: PyTree, frozen: PyTree, batch: PyTree, timestep: Array) -> Metrics:
+        whole = whole_params(config, params, frozen)
+        return objective.evaluate(whole, frozen, batch, timestep)
+
     return Validation(
-        objective.evaluate,
+        evaluate,
         grain.MapDataset.source(source).map(_without_caption),
         num_timesteps=objective.schedule.num_steps,
     )
@@ -185,64 +209,30 @@ def _without_caption(batch: PyTree) -> PyTree:
 
 
 def build_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns AdamW or Muon, with a clipped gradient and the rate of `build_rate`.
-
-    Muon (Jordan 2024; scaled to the step size of AdamW as in arXiv 2502.16982) orthogonalises the
-    update of every matrix and convolution kernel; vectors still get AdamW.
+    """Returns the optimizer, with the rate of `build_rate`.
 
     Raises:
-        ValueError: the name is neither "adamw" nor "muon", or as `build_rate`.
+        ValueError: as `make_optimizer`.
     """
     options = config["optimizer"]
-    rate, decay = build_rate(config), options["weight_decay"]
-    if options["name"] == "adamw":
-        update = optax.adamw(rate, weight_decay=decay)
-    elif options["name"] == "muon":
-        update = muon(
-            rate,
-            weight_decay=decay,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=_kernel_axes,
-        )
-    else:
-        raise ValueError(f"The optimizer is 'adamw' or 'muon', not {options['name']!r}.")
-    return optax.chain(optax.clip_by_global_norm(options["clip_norm"]), update)
-
-
-def _kernel_axes(params: PyTree) -> PyTree:
-    """Which axes of each kernel are inputs and outputs; None for vectors."""
-    return jax.tree.map(
-        lambda leaf: (
-            MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
-            if leaf.ndim > 1
-            else None
-        ),
-        params,
+    return make_optimizer(
+        options["name"],
+        build_rate(config),
+        weight_decay=options["weight_decay"],
+        clip_norm=options["clip_norm"],
+        groups=options["groups"],
     )
 
 
 def build_rate(config: Config) -> optax.Schedule:
-    """Returns the learning rate as a function of the number of updates made so far.
-
-    It rises from 0 in a line over `warmup_steps`; with 0 of them it starts at the peak. With
-    `decay="cosine"` it then falls to 0 at `num_steps`: a run that is continued with more steps
-    follows the longer curve from where it stands.
-
-    Raises:
-        ValueError: `decay` is neither "cosine" nor "constant", or `warmup_steps` is negative.
-    """
+    """Returns the learning rate by step; raises ValueError as `learning_rate`."""
     options = config["optimizer"]
-    peak, warmup = options["learning_rate"], options["warmup_steps"]
-    if warmup < 0:
-        raise ValueError(f"warmup_steps must be 0 or more, not {warmup}.")
-    if options["decay"] == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(config["num_steps"] - warmup, 1))
-    elif options["decay"] == "constant":
-        after = optax.constant_schedule(peak)
-    else:
-        raise ValueError(f"decay must be 'cosine' or 'constant', not {options['decay']!r}.")
-    rise = optax.linear_schedule(0.0, peak, max(warmup, 1))
-    return optax.join_schedules([rise, after], [warmup])
+    return learning_rate(
+        options["learning_rate"],
+        num_steps=config["num_steps"],
+        warmup_steps=options["warmup_steps"],
+        decay=options["decay"],
+    )
 
 
 def build_objective(
@@ -285,9 +275,12 @@ def init_state(
     objective: DiffusionObjective,
     codec_params: PyTree,
     batch: PyTree,
+    mesh: Mesh,
     base: OrbitPipeline | None = None,
 ) -> TrainState:
-    """Returns the state before the first step, for batches shaped like `batch`.
+    """Returns the state before the first step, for batches shaped like `batch`, on the mesh.
+
+    With `lora.rank` above 0 the parameters of the state are those of the adapters.
 
     Args:
         objective: whose network is trained.
@@ -296,21 +289,30 @@ def init_state(
     Raises:
         ValueError: the network's sizes do not fit the latents, or the parameters of the base.
     """
-    init_key, run_key = jax.random.split(jax.random.key(config["seed"]))
+    init_key, run_key, lora_key = jax.random.split(jax.random.key(config["seed"]), 3)
+    options, optimizer = config["lora"], build_optimizer(config)
 
-    def init(key: Array, codec_params: PyTree, batch: PyTree) -> PyTree:
-        latents, static = objective.latents({"codec": codec_params}, batch)
+    def init(frozen: PyTree, batch: PyTree) -> PyTree:
+        latents, static = objective.latents(frozen, batch)
         timestep = jnp.zeros(latents.shape[:1], jnp.int32)
         told = objective.conditioning(batch, latents, static)
-        return objective.network.init(key, latents, timestep, told)["params"]
+        return objective.network.init(init_key, latents, timestep, told)["params"]
 
+    def create(frozen: PyTree, batch: PyTree, params: PyTree) -> TrainState:
+        params = init(frozen, batch) if params is None else params
+        if options["rank"]:
+            frozen = {**frozen, "base": params}
+            kernels = options["kernels"] or lora.ATTENTION
+            params = lora.init(params, kernels, rank=options["rank"], key=lora_key)
+        return create_state(params, optimizer, run_key, frozen)
+
+    # As numpy arrays all processes have the same ones, and those of a base need no device whole.
     one = jax.tree.map(lambda leaf: leaf[:1], batch)
-    if base is None:
-        params = jax.jit(init)(init_key, codec_params, one)
-    else:
-        _check_shapes(base.params, jax.eval_shape(init, init_key, codec_params, one))
-        params = base.params
-    return create_state(params, build_optimizer(config), run_key, {"codec": codec_params})
+    given = jax.tree.map(np.asarray, ({"codec": codec_params}, one, base and base.params))
+    if base is not None:
+        _check_shapes(base.params, jax.eval_shape(init, *given[:2]))
+    places = sharding.shardings(jax.eval_shape(create, *given), mesh, sharding.STATE_RULES)
+    return jax.jit(create, out_shardings=places)(*given)
 
 
 def _check_shapes(params: PyTree, wanted: PyTree) -> None:
@@ -338,25 +340,32 @@ def _check_shapes(params: PyTree, wanted: PyTree) -> None:
 def build_sampler(
     config: Config, source: ClipSource, base: OrbitPipeline | None = None
 ) -> Callable[[TrainState], dict[str, np.ndarray]]:
-    """Returns what shows the progress of a run: `state -> {"orbits": (h, w, 3) in [0, 1]}`.
+    """Returns what shows the progress of a run, in pictures in [0, 1].
 
-    The picture has two rows of frames for each of the first clips: the clip itself and, below,
-    the orbit that the averaged parameters make of its first frame at its motion magnitude (of its
-    caption, when it is that which the prompt encoder of the base reads).
+    "orbits" (h, w, 3) has two rows of frames for each of the first clips: the clip itself and,
+    below, the orbit that the averaged parameters make of its first frame at its motion magnitude
+    (of its caption, when it is that which the prompt encoder of the base reads). "orbit_0", ...
+    (t, h, w, 3) are the same as videos, side by side.
     """
     prompt_params = None if base is None else base.prompt_params
     prompts = [source[i] for i in range(min(SAMPLED_CLIPS, len(source)))]
 
     def sample(state: TrainState) -> dict[str, np.ndarray]:
-        pipeline = OrbitPipeline.from_parts(state.ema, state.frozen["codec"], config, prompt_params)
-        rows = []
-        for record in prompts:
+        ema, frozen = sharding.local_copy((state.ema, state.frozen))
+        if jax.process_index():
+            return {}  # all processes have to gather; one is to sample
+        params = whole_params(config, ema, frozen)
+        pipeline = OrbitPipeline.from_parts(params, frozen["codec"], config, prompt_params)
+        rows, videos = [], {}
+        for i, record in enumerate(prompts):
             truth = (record["dynamic"] + 1) / 2  # on white, then alpha
             by_caption = pipeline.prompt.reads == "text"
             prompt = str(record["caption"]) if by_caption else _straight(truth[0])
             clip = pipeline(prompt, motion=float(record["motion"]), num_steps=SAMPLING_STEPS)
-            rows += [truth[..., :3], clip.dynamic if pipeline.moves else clip.static]
-        return {"orbits": media.contact_sheet(rows)}
+            both = [truth[..., :3], clip.dynamic if pipeline.moves else clip.static]
+            rows += both
+            videos[f"orbit_{i}"] = np.concatenate(both, axis=2)
+        return {"orbits": media.contact_sheet(rows), **videos}
 
     return sample
 

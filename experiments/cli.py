@@ -17,10 +17,33 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+
+class _ProfileParser(flags.ArgumentParser):
+    """true, false, or FIRST:LAST."""
+
+    def parse(self, argument: Any) -> bool | tuple[int, int]:
+        if isinstance(argument, bool):
+            return argument
+        if argument in ("true", "false"):
+            return argument == "true"
+        if match := re.fullmatch(r"(\d+):(\d+)", argument):
+            return int(match[1]), int(match[2])
+        raise ValueError("it is given alone, or as two steps, FIRST:LAST")
+
+
 _CACHE = flags.DEFINE_string(
     "compilation_cache_dir", None, "Folder in which compiled programs are kept between runs."
 )
-_PROFILE = flags.DEFINE_bool("profile", False, "Record a profiler trace in WORKDIR/profile.")
+_PROFILE = flags.DEFINE_flag(
+    flags.Flag(
+        _ProfileParser(),
+        None,
+        "profile",
+        False,
+        "Record a profiler trace in WORKDIR/profile; --profile=10:13 (train) of these steps only.",
+        boolean=True,
+    )
+)
 
 _MISTAKES = (ValueError, OSError, FloatingPointError)
 _BINARIES = pathlib.Path(__file__).parent
@@ -95,9 +118,14 @@ def log_devices(mesh: Any = None) -> None:
 
 def profile(workdir: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Any]:
     """Returns a context that records into `WORKDIR/profile` when --profile was given."""
-    if _PROFILE.value:
+    if _PROFILE.value is True:
         return jax.profiler.trace(os.path.join(workdir, "profile"))
     return contextlib.nullcontext()
+
+
+def profile_steps() -> tuple[int, int] | None:
+    """Returns the first and the last step of --profile=FIRST:LAST."""
+    return _PROFILE.value if isinstance(_PROFILE.value, tuple) else None
 
 
 @contextlib.contextmanager

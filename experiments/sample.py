@@ -21,7 +21,7 @@ from d4d_jax.guidance import ThreeDAware
 from d4d_jax.models.prompts import Prompt
 from d4d_jax.pipeline import EMBEDDED, OrbitPipeline, load_prompt_params
 from d4d_jax.train.checkpoint import Checkpointer
-from experiments import cli
+from experiments import build, cli
 
 _PROMPT = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips" / "rabbit" / "multi_frame0.png"
 
@@ -114,6 +114,7 @@ def load_pipeline(path: str) -> OrbitPipeline:
         params, frozen = checkpointer.restore_model()
         config = checkpointer.restore_config()
         prompt_params = load_prompt_params(config.get("init_from") or folder)
+        params = build.whole_params(config, params, frozen)
         return OrbitPipeline.from_parts(params, frozen["codec"], config, prompt_params)
     finally:
         checkpointer.close()

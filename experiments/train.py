@@ -10,32 +10,84 @@ import json
 import os
 import pathlib
 import shutil
+import signal
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from absl import flags, logging
+from jax.experimental import multihost_utils
 
 from d4d_jax import pipeline
 from d4d_jax.data.pipeline import ClipSource
 from d4d_jax.models import bundle
 from d4d_jax.train import loop, sharding, writers
 from d4d_jax.train.checkpoint import Checkpointer
-from d4d_jax.train.state import count_parameters
+from d4d_jax.train.state import parameter_table
 from d4d_jax.train.step import make_train_step
+from d4d_jax.typing import MetricWriter
 from experiments import build, cli
+
+#: The lengths and distances of `loop.LoopOptions` in a configuration.
+_LOOP = (
+    "num_steps",
+    "log_every",
+    "checkpoint_every",
+    "sample_every",
+    "validate_every",
+    "max_skipped",
+)
 
 #: The keys of the configuration that a continued run may change.
 CHANGEABLE = frozenset(
-    {"num_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"}
+    {
+        *_LOOP,
+        "keep_checkpoints",
+        "keep_best",
+        "writers",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.by_frames",
+        "data.validation",
+    }
 )
 
+#: What runs of earlier versions did not save, and were as if it had been this.
+_EARLIER = {
+    "init_from": "",
+    "accumulate": 1,
+    "loss.min_snr_gamma": 0.0,
+    "loss.noise_offset": 0.0,
+    "loss.drop_text": 0.0,
+    "loss.drop_image": 0.0,
+    "loss.drop_static": 0.0,
+    "loss.motion.space": "pixel",
+    "loss.motion.scale": 100.0,
+    "loss.motion.reduction": "mean",
+    "optimizer.groups": [],
+    "lora.rank": 0,
+    "lora.alpha": 8.0,
+    "lora.kernels": "",
+}
+
 #: What a run leaves in its workdir, and all that --overwrite deletes.
-_OUTPUTS = ("checkpoints", "images", "profile", "metrics.jsonl", "config.json")
+_OUTPUTS = (
+    "checkpoints",
+    "images",
+    "profile",
+    "tensorboard",
+    "metrics.jsonl",
+    "samples.html",
+    "config.json",
+)
 
 
 def main() -> None:
     """Trains, then exports when asked to, as the command line says."""
     options = flags.FLAGS
+    if options.distributed:
+        jax.distributed.initialize(options.coordinator, options.num_processes, options.process_id)
     run(
         json.loads(options.config.to_json()),  # from here on plain values, tuples as lists
         pathlib.Path(options.workdir),
@@ -76,7 +128,7 @@ def run(
             f"{workdir} holds a finished run of {done} steps: raise --config.num_steps to "
             "continue it, or pass --overwrite to start anew."
         )
-    if export:
+    if export and jax.process_index() == 0:
         _export(export, workdir / "checkpoints")
 
 
@@ -88,14 +140,13 @@ def _train(
     overwrite: bool,
 ) -> None:
     options = loop.LoopOptions(
-        config["num_steps"],
-        log_every=config["log_every"],
-        checkpoint_every=config["checkpoint_every"],
-        sample_every=config["sample_every"],
-        validate_every=config["validate_every"],
+        **{name: config[name] for name in _LOOP},
+        profile=cli.profile_steps(),
+        profile_folder=workdir / "profile",
     )
-    mesh = sharding.make_mesh()
-    sharding.check_batch_size(config["batch_size"], mesh)
+    accumulate, by_frames = config["accumulate"], config["mesh"]["by_frames"]
+    mesh = sharding.make_mesh(config["mesh"]["data"] or None, config["mesh"]["fsdp"])
+    sharding.check_batch(config["batch_size"], mesh, by_frames=by_frames, accumulate=accumulate)
 
     optimizer, schedule = build.build_optimizer(config), build.build_schedule(config)
 
@@ -108,6 +159,9 @@ def _train(
     config = config | {"data": config["data"] | {"num_frames": source.num_frames}}
     if saved:
         check_unchanged(saved, config, workdir)
+    sharding.check_batch(
+        config["batch_size"], mesh, num_frames=source.num_frames, by_frames=by_frames
+    )
 
     def told(clips: ClipSource) -> ClipSource:
         return build.tell(clips, base) if base else clips
@@ -122,42 +176,63 @@ def _train(
     batch = build.example_batch(source)
     network = build.build_network(config, build.latent_channels(codec, codec_params, batch))
     objective = build.build_objective(config, network, codec, schedule)
-    state = build.init_state(config, objective, codec_params, batch, base)
-    step_fn = make_train_step(objective, optimizer, ema_decay=config["ema_decay"])
+    state = build.init_state(config, objective, codec_params, batch, mesh, base)
+    step_fn = make_train_step(
+        build.build_loss(config, objective),
+        optimizer,
+        ema_decay=config["ema_decay"],
+        accumulate=accumulate,
+        rate=build.build_rate(config),
+        out_shardings=sharding.shardings(state, mesh, sharding.STATE_RULES),
+    )
+    on_sample = build.build_sampler(config, source, base) if options.sample_every else None
     on_validate = None
     if options.validate_every:
         on_validate = build.build_validation(config, objective, told)
-    on_sample = build.build_sampler(config, source, base) if options.sample_every else None
 
     # Everything is known to be sound: write from here on.
-    if overwrite:
+    primary = jax.process_index() == 0
+    if overwrite and primary:
         _delete_run(workdir)
+    multihost_utils.sync_global_devices("cleared")
     with contextlib.ExitStack() as stack:
-        checkpointer = Checkpointer(folder, keep=config["keep_checkpoints"])
+        keep = {"keep": config["keep_checkpoints"], "keep_best": config["keep_best"]}
+        checkpointer = Checkpointer(folder, **keep)
         stack.callback(checkpointer.close)
         if saved:
             state = checkpointer.restore(state, data)
         first = int(state.step)
-        text = json.dumps(config, indent=1) + "\n"
-        (workdir / "config.json").write_text(text, encoding="utf-8")
+        writer: MetricWriter = writers.MultiWriter([])
+        if primary:
+            text = json.dumps(config, indent=1) + "\n"
+            (workdir / "config.json").write_text(text, encoding="utf-8")
+            writer = writers.default_writer(workdir, restored_step=first, further=config["writers"])
         cli.log_devices(mesh)
-        logging.info("Parameters: %s.", f"{count_parameters(state.params):,}")
+        logging.info("Parameters:\n%s", parameter_table(state.params))
+        logging.info("The state takes %.1f MB on a device.", sharding.bytes_per_device(state) / 1e6)
         logging.info("Training from step %d to %d.", first, options.num_steps)
-        writer = writers.default_writer(workdir, restored_step=first)
         stack.callback(writer.close)
         stack.enter_context(cli.profile(workdir))
-        loop.train(
-            state,
-            step_fn,
-            data,
-            options,
-            mesh=mesh,
-            checkpointer=checkpointer,
-            writer=writer,
-            config=config,
-            on_sample=on_sample,
-            on_validate=on_validate,
-        )
+        stack.enter_context(jax.set_mesh(mesh))
+        stop = stack.enter_context(cli.stop_requests())
+        try:
+            loop.train(
+                state,
+                step_fn,
+                data,
+                options,
+                mesh=mesh,
+                checkpointer=checkpointer,
+                writer=writer,
+                config=config,
+                on_sample=on_sample,
+                on_validate=on_validate,
+                batch_rules=sharding.FRAME_RULES if by_frames else sharding.BATCH_RULES,
+                stop=lambda: stop() > 0,
+            )
+        except loop.Interrupted as interruption:
+            logging.warning("%s The same command goes on from there.", interruption)
+            sys.exit(128 + (stop() or signal.SIGTERM))
 
 
 def check_unchanged(
@@ -174,9 +249,8 @@ def check_unchanged(
         ValueError: a key differs; the message names it and both values.
     """
     before, now = _flatten(saved), _flatten(config)
-    # What runs of earlier versions did not save; the first is found in the data, not configured.
-    earlier = {"data.num_frames": now.get("data.num_frames"), "init_from": ""}
-    before = {**earlier, "loss.min_snr_gamma": 0.0, "loss.noise_offset": 0.0, **before}
+    # The first is found in the data, not configured.
+    before = {"data.num_frames": now.get("data.num_frames"), **_EARLIER, **before}
     for key in sorted(before.keys() | now.keys()):
         old, new = (repr(d[key]) if key in d else "absent" for d in (before, now))
         if key not in CHANGEABLE and old != new:
@@ -214,6 +288,7 @@ def _export(path: str, folder: pathlib.Path) -> None:
     with contextlib.closing(Checkpointer(folder)) as checkpointer:
         params, frozen = checkpointer.restore_model()
         config = checkpointer.restore_config()
+    params = build.whole_params(config, params, frozen)
     if path.endswith(".npz"):
         bundle.save_bundle(path, params, frozen["codec"], config)
     else:
@@ -237,6 +312,15 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "export", None, "File (.npz, float16) or folder for the model when it is complete."
     )
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Train with other processes, each started by this command. SLURM, Kubernetes, GKE and TPU"
+        " pods are found by JAX; elsewhere say who is who by the next three flags.",
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Number of this one, from 0.", lower_bound=0)
     cli.define_config("tiny.py")
     flags.adopt_module_key_flags(cli)
     cli.run(main)

@@ -94,14 +94,48 @@ def test_bad_decay_is_refused():
         train_step.make_train_step(toy_loss, OPTIMIZER, ema_decay=1.0)
 
 
-def test_non_finite_loss_stops_at_its_step_and_is_not_saved(tmp_path):
-    with pytest.raises(FloatingPointError, match="step 13 is nan"):
-        run_toy(tmp_path, 40, data=ToyData(poison_at=12))
+def restored_from(tmp_path, step):
     checkpointer = Checkpointer(tmp_path / "checkpoints")
-    assert checkpointer.latest_step() == 10
+    assert checkpointer.latest_step() == step
     restored = checkpointer.restore(toy_state(), ToyData())
     checkpointer.close()
+    return restored
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, caplog):
+    """The run goes on as if it had not seen that batch; of its steps only the number is counted."""
+    state = run_toy(tmp_path, 20, data=ToyData(poison_at=(12,)), log_every=1)
+    assert "The update of step 13 is not made: the loss is nan" in caplog.text
+    lines = {line["step"]: line for line in read_metrics(tmp_path)}
+    assert lines[12]["skipped"] == 0 and lines[13]["skipped"] == lines[20]["skipped"] == 1
+    assert "loss" not in lines[13] and np.isfinite(lines[14]["loss"])
+    assert int(state.step) == 20
+    expected, data = toy_state(), ToyData()
+    for step in range(20):
+        batch = next(data)
+        if step == 12:
+            expected = dataclasses.replace(expected, step=expected.step + 1)
+        else:
+            expected, _ = STEP(expected, batch)
+    assert_identical(state, expected)
+
+
+def test_too_many_skipped_updates_stop_the_run_and_are_not_saved(tmp_path):
+    words = r"steps 13 to 15 could not be made.*checkpoints in .* the last good one is 10"
+    with pytest.raises(FloatingPointError, match=words):
+        run_toy(tmp_path, 40, data=ToyData(poison_at=range(12, 40)), max_skipped=3)
+    restored = restored_from(tmp_path, 10)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
+    with pytest.raises(FloatingPointError, match=r"steps 1 to 2 .* there is none yet"):
+        run_toy(tmp_path / "new", 9, data=ToyData(poison_at=range(9)), max_skipped=2)
+
+
+def test_a_gradient_that_is_not_finite_skips_its_update(tmp_path):
+    step_fn = train_step.make_train_step(gated_loss, OPTIMIZER)
+    state = run_toy(tmp_path, 20, data=GatedData(), step_fn=step_fn)
+    assert read_metrics(tmp_path)[-1]["skipped"] == 1
+    for tree in (state.params, state.ema):
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
 class GatedData(ToyData):
@@ -127,26 +161,15 @@ def overflowing_step(state, batch):
     return dataclasses.replace(state, params=worse if bad else state.params), metrics
 
 
-@pytest.mark.parametrize(
-    ("step_fn", "words"),
-    [
-        (train_step.make_train_step(gated_loss, OPTIMIZER), "grad_norm of step 10 is nan"),
-        (overflowing_step, "parameters after step 10 are not finite"),
-    ],
-    ids=["gradient", "update"],
-)
-def test_non_finite_state_at_a_checkpoint_step_is_not_saved(tmp_path, step_fn, words):
-    with pytest.raises(FloatingPointError, match=words):
-        run_toy(tmp_path, 20, data=GatedData(), step_fn=step_fn, checkpoint_every=5)
-    checkpointer = Checkpointer(tmp_path / "checkpoints")
-    assert checkpointer.latest_step() == 5
-    restored = checkpointer.restore(toy_state(), ToyData())
-    checkpointer.close()
+def test_parameters_that_overflow_are_not_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match="parameters after step 10 are not finite"):
+        run_toy(tmp_path, 20, step_fn=overflowing_step, checkpoint_every=5)
+    restored = restored_from(tmp_path, 5)
     for tree in (restored.params, restored.ema):
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", ["num_steps", "log_every", "checkpoint_every"])
+@pytest.mark.parametrize("name", ["num_steps", "log_every", "checkpoint_every", "max_skipped"])
 def test_loop_options_refuse_zero(name):
     with pytest.raises(ValueError, match=name):
         loop.LoopOptions(**{"num_steps": 3, name: 0})
@@ -164,11 +187,20 @@ def test_samples_are_written_at_their_steps(tmp_path):
         checkpointer=checkpointer,
         writer=writer,
         config={},
-        on_sample=lambda state: {"sheet": jnp.full((4, 4, 3), 0.5)},
+        on_sample=lambda state: {
+            "sheet": jnp.full((4, 4, 3), 0.5),
+            "clip": jnp.full((2, 4, 4, 3), 0.5),
+        },
     )
     checkpointer.close()
-    names = sorted(path.name for path in (tmp_path / "images").iterdir())
-    assert names == ["sheet_0000002.png", "sheet_0000004.png"]
+    names = {path.name for path in (tmp_path / "images").iterdir()}
+    steps = ("0000002", "0000004")
+    assert names == {f"{name}_{s}.{end}" for s in steps for name, end in KINDS}
+    page = (tmp_path / "samples.html").read_text()
+    assert page.index("Step 4") < page.index("Step 2") and page.count("<video") == 2
+
+
+KINDS = (("sheet", "png"), ("clip", "mp4"))
 
 
 def test_mesh_must_cover_the_devices():
@@ -215,4 +247,4 @@ def test_eight_devices_give_the_losses_of_one():
     count, *eight = losses.split()
     assert count == "8"
     np.testing.assert_allclose(np.array(eight, float), first_losses(), rtol=1e-5)
-    assert "3 clips cannot be split over 8 devices" in refused
+    assert "'x' of shape (3, 1) cannot be split into 8 parts along data x fsdp" in refused

@@ -22,14 +22,14 @@ def toy_loss(params, frozen, batch, key):
 class ToyData:
     """Endless batches that depend on the position only, as a seeded grain pipeline's do."""
 
-    def __init__(self, batch_size=8, poison_at=None):
+    def __init__(self, batch_size=8, poison_at=()):
         self.position, self.batch_size, self.poison_at = 0, batch_size, poison_at
 
     def __next__(self):
         rng = np.random.default_rng(self.position)
         x = rng.normal(size=(self.batch_size, 3)).astype(np.float32)
         y = x @ np.array([[1.0], [-2.0], [0.5]], np.float32) + 0.25
-        if self.position == self.poison_at:
+        if self.position in self.poison_at:
             y = y * np.nan
         self.position += 1
         return {"x": x, "y": y.astype(np.float32)}
@@ -51,8 +51,9 @@ def toy_state(seed=0):
     return train_state.create_state(params, OPTIMIZER, jax.random.key(seed), frozen)
 
 
-def run_toy(directory, num_steps, *, data=None, state=None, step_fn=STEP, **options):
+def run_toy(directory, num_steps, *, data=None, state=None, step_fn=STEP, hooks=None, **options):
     """Runs the loop in a folder, from its newest checkpoint if it has one."""
+    hooks = hooks or {}
     data = data or ToyData()
     checkpointer = Checkpointer(directory / "checkpoints")
     state = state or toy_state()
@@ -69,6 +70,7 @@ def run_toy(directory, num_steps, *, data=None, state=None, step_fn=STEP, **opti
             checkpointer=checkpointer,
             writer=writer,
             config={"num_steps": num_steps},
+            **hooks,
         )
     finally:
         writer.close()

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from d4d_jax.train.state import TrainState
 from d4d_jax.typing import PyTree
@@ -41,17 +42,46 @@ class Checkpointer:
     sampling needs), `state` (the rest of the TrainState), `data` and `config` (both JSON).
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int = 2,
+        keep_best: int = 0,
+        metric: str = "val_denoising",
+    ):
         """Opens the folder, creating it when missing.
 
         Args:
             directory: folder of the checkpoints.
             keep: number of newest checkpoints that stay on disk.
+            keep_best: number of further ones that stay, those with the least `metric`.
+            metric: name of the metric.
+
+        Raises:
+            ValueError: `keep` is below 1 or `keep_best` below 0.
+            OSError: the folder cannot be made.
         """
+        if keep < 1 or keep_best < 0:
+            raise ValueError(
+                f"A run keeps at least its newest checkpoint, not keep={keep}, keep_best="
+                f"{keep_best}."
+            )
+        policies: list[preservation.PreservationPolicy] = [preservation.LatestN(keep)]
+        if keep_best:
+            best = preservation.BestN(
+                get_metric_fn=lambda metrics: -metrics.get(metric, float("inf")),
+                n=keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(best)
         self.directory = pathlib.Path(directory).absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation.AnyPreservationPolicy(policies)
+            ),
             item_handlers={
                 "model": ocp.StandardCheckpointHandler(),
                 "state": ocp.StandardCheckpointHandler(),
@@ -64,7 +94,14 @@ class Checkpointer:
         """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data: DataIterator, config: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        state: TrainState,
+        data: DataIterator,
+        config: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Starts to write the checkpoint of `state.step`; disk work goes on in the background.
 
         The arrays are copied before this returns, so the state may be donated afterwards. A
@@ -74,6 +111,11 @@ class Checkpointer:
             state: state to save.
             data: iterator whose position is saved with it.
             config: what the run was configured with, in values that JSON has.
+            metrics: by which the best checkpoints are found; None if there are none yet.
+
+        Raises:
+            OSError: this one, or the one before it, cannot be written, for example since the disk
+                is full. The complete ones stay.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -85,7 +127,8 @@ class Checkpointer:
             data=ocp.args.JsonSave(_encode_position(data.get_state())),
             config=ocp.args.JsonSave(dict(config)),
         )
-        self._manager.save(step, args=items)
+        with self._writing(step):
+            self._manager.save(step, args=items, metrics=dict(metrics) if metrics else None)
 
     def restore(
         self, template: TrainState, data: DataIterator, step: int | None = None
@@ -142,12 +185,27 @@ class Checkpointer:
         return saved["ema"], saved["frozen"]
 
     def wait(self) -> None:
-        """Blocks until started saves are complete."""
-        self._manager.wait_until_finished()
+        """Blocks until started saves are complete; raises OSError as `save`."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Completes started saves and closes the folder."""
-        self._manager.close()
+        """Completes started saves and closes the folder; raises OSError as `save`."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self, step: int | None = None) -> Iterator[None]:
+        """Turns what Orbax raises when it cannot write into one sentence."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            newest = self.latest_step()
+            left = "there is no complete one" if newest is None else f"the newest there is {newest}"
+            which = "A checkpoint" if step is None else f"The checkpoint of step {step}"
+            raise OSError(
+                f"{which} cannot be written to {self.directory} ({_reason(error)}): {left}."
+            ) from error
 
     def _existing(self, step: int | None) -> int:
         self.wait()  # a save under way counts
@@ -176,12 +234,13 @@ class Checkpointer:
             yield
         except _DAMAGE as error:
             folder = self.directory / str(step)
-            reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+            reason = _reason(error)
+            earlier = [number for number in self._manager.all_steps() if number < step]
+            way = f"continue from step {max(earlier)}" if earlier else "start anew"
             if any(word in str(error) for word in _NOT_DAMAGE):
                 raise OSError(f"The checkpoint {folder} cannot be read now ({reason}).") from error
             raise ValueError(
-                f"The checkpoint {folder} cannot be read ({reason}): delete that folder to "
-                "continue from an earlier one."
+                f"The checkpoint {folder} cannot be read ({reason}): delete that folder to {way}."
             ) from error
 
     def _check_fit(self, step: int, item: str, template: PyTree) -> None:
@@ -194,6 +253,10 @@ class Checkpointer:
                     f"{wanted.get(name, 'none')} here; use the run's own configuration or another "
                     "workdir."
                 )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:160] or type(error).__name__
 
 
 def _split(state: TrainState) -> tuple[dict[str, PyTree], dict[str, PyTree]]:

@@ -52,6 +52,19 @@ def create_state(
     )
 
 
+def parameter_table(params: PyTree) -> str:
+    """One line for each part of a network, with its share of the parameters, and their sum."""
+    sizes: dict[str, int] = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        part = jax.tree_util.keystr(path[:1], simple=True)
+        sizes[part] = sizes.get(part, 0) + leaf.size
+    width = max((len(part) for part in sizes), default=0)
+    total = sum(sizes.values())
+    return "\n".join(
+        f"  {part:<{width}} {size:>15,}" for part, size in [*sizes.items(), ("", total)]
+    )
+
+
 def count_parameters(params: PyTree) -> int:
     """Returns the number of scalars in a tree of arrays (or of shapes)."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

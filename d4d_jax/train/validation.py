@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from d4d_jax.train import sharding
 from d4d_jax.train.state import TrainState
 from d4d_jax.typing import PyTree
 
@@ -38,7 +39,10 @@ class Validation:
             num_timesteps: of the schedule.
             levels: parts of the range of timesteps.
         """
-        self._evaluate = jax.jit(evaluate)
+        self._evaluate = jax.jit(
+            # Every process is to have all of the figures.
+            lambda *arguments: jax.tree.map(sharding.constrain, evaluate(*arguments))
+        )
         self._clips = clips
         self._num_timesteps, self._levels = num_timesteps, levels
 

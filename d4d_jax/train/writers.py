@@ -1,5 +1,9 @@
-"""Metric writers with the signatures of clu.metric_writers, without its TensorFlow import."""
+"""Metric writers with the signatures of clu.metric_writers, without its TensorFlow import.
 
+The log and the files of a workdir are always written; TensorBoard and Weights & Biases by name.
+"""
+
+import html
 import json
 import logging
 import math
@@ -26,7 +30,13 @@ class LogWriter:
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Logs the names of the images."""
-        _LOGGER.info("[%d] images: %s", step, ", ".join(images))
+        if images:
+            _LOGGER.info("[%d] images: %s", step, ", ".join(images))
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        """Logs the names of the videos."""
+        if videos:
+            _LOGGER.info("[%d] videos: %s", step, ", ".join(videos))
 
     def flush(self) -> None:
         """Nothing is buffered."""
@@ -36,11 +46,12 @@ class LogWriter:
 
 
 class JsonlWriter:
-    """Appends scalars to `DIRECTORY/metrics.jsonl`, one JSON object a line, images beside it.
+    """Appends scalars to `DIRECTORY/metrics.jsonl`, one JSON object a line; pictures beside it.
 
     Each line holds `step` and the scalars, for example `{"step": 50, "loss": 0.41}`; a value
-    that is not finite is written as null, which keeps every line standard JSON. Images
-    (`h w 3`, in [0, 1]) become `DIRECTORY/images/NAME_STEP.png`.
+    that is not finite is written as null, which keeps every line standard JSON. Images become
+    `DIRECTORY/images/NAME_STEP.png`, videos `NAME_STEP.mp4` there, and `DIRECTORY/samples.html`
+    shows all of them, the newest first.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, restored_step: int = 0):
@@ -65,11 +76,38 @@ class JsonlWriter:
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Writes each image as a PNG; `/` in a name becomes `_`."""
+        for name, image in images.items():
+            media.write_image(self._path(name, step, "png"), np.asarray(image, np.float32))
+        self._write_index()
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        """Writes each video as an MP4, named like the images."""
+        for name, frames in videos.items():
+            media.write_video(self._path(name, step, "mp4"), np.asarray(frames, np.float32))
+        self._write_index()
+
+    def _path(self, name: str, step: int, suffix: str) -> pathlib.Path:
         folder = self._directory / "images"
         folder.mkdir(exist_ok=True)
-        for name, image in images.items():
-            path = folder / f"{name.replace('/', '_')}_{step:07d}.png"
-            media.write_image(path, np.asarray(image, np.float32))
+        return folder / f"{name.replace('/', '_')}_{step:07d}.{suffix}"
+
+    def _write_index(self) -> None:
+        folder = self._directory / "images"
+        files = [*folder.glob("*.png"), *folder.glob("*.mp4")] if folder.is_dir() else []
+        by_step: dict[str, list[str]] = {}
+        for path in sorted(files):
+            by_step.setdefault(path.stem.rpartition("_")[2], []).append(path.name)
+        parts = ["<!doctype html><meta charset=utf-8><title>Samples</title>"]
+        for step in sorted(by_step, reverse=True):
+            parts.append(f"<h2>Step {int(step)}</h2>")
+            for name in by_step[step]:
+                address = html.escape(f"images/{name}")
+                parts.append(
+                    f'<img src="{address}" alt="{address}">'
+                    if name.endswith(".png")
+                    else f'<video src="{address}" controls loop muted autoplay></video>'
+                )
+        (self._directory / "samples.html").write_text("\n".join(parts) + "\n", encoding="utf-8")
 
     def flush(self) -> None:
         """Hands buffered lines to the operating system."""
@@ -78,6 +116,83 @@ class JsonlWriter:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+class TensorBoardWriter:
+    """Writes event files into `DIRECTORY/tensorboard`, through tensorboardX."""
+
+    def __init__(self, directory: str | os.PathLike[str], *, restored_step: int = 0):
+        """Opens an event file; what earlier ones say of later steps than that is hidden.
+
+        Raises:
+            ImportError: tensorboardX is not installed.
+        """
+        from tensorboardX import SummaryWriter
+
+        folder = pathlib.Path(directory) / "tensorboard"
+        self._writer = SummaryWriter(str(folder), purge_step=restored_step + 1)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Adds the scalars."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Adds the images."""
+        for name, image in images.items():
+            self._writer.add_image(name, np.asarray(image, np.float32), step, dataformats="HWC")
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        """Adds each video as a contact sheet: moving ones would need an encoder of their own."""
+        sheets = {name: media.contact_sheet([np.asarray(v)]) for name, v in videos.items()}
+        self.write_images(step, sheets)
+
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
+class WandbWriter:
+    """Logs to Weights & Biases, offline or to a server as its environment variables say."""
+
+    def __init__(self, directory: str | os.PathLike[str], *, restored_step: int = 0):
+        """Starts a run, or goes on with the one whose id an earlier start left in the workdir.
+
+        Raises:
+            ImportError: wandb is not installed.
+        """
+        import wandb
+
+        path = pathlib.Path(directory) / "wandb_id"
+        known = path.read_text().strip() if restored_step and path.exists() else None
+        self._run = wandb.init(dir=str(directory), id=known, resume="allow")
+        path.write_text(self._run.id + "\n")
+        self._wandb = wandb
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Logs the scalars."""
+        self._run.log({name: float(value) for name, value in scalars.items()}, step=step)
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Logs the images."""
+        values = {n: self._wandb.Image(media.to_uint8(image)) for n, image in images.items()}
+        self._run.log(values, step=step)
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        """Logs each video as a contact sheet."""
+        sheets = {name: media.contact_sheet([np.asarray(v)]) for name, v in videos.items()}
+        self.write_images(step, sheets)
+
+    def flush(self) -> None:
+        """wandb sends by itself."""
+
+    def close(self) -> None:
+        """Finishes the run."""
+        self._run.finish()
 
 
 class MultiWriter:
@@ -96,6 +211,11 @@ class MultiWriter:
         for writer in self._writers:
             writer.write_images(step, images)
 
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        """Passes the videos on."""
+        for writer in self._writers:
+            writer.write_videos(step, videos)
+
     def flush(self) -> None:
         """Flushes all."""
         for writer in self._writers:
@@ -107,9 +227,35 @@ class MultiWriter:
             writer.close()
 
 
-def default_writer(directory: str | os.PathLike[str], *, restored_step: int = 0) -> MultiWriter:
-    """Returns the log writer and the JSONL writer of a workdir as one."""
-    return MultiWriter([LogWriter(), JsonlWriter(directory, restored_step=restored_step)])
+#: What can be written besides the log and the files of a workdir, by name.
+FURTHER = {"tensorboard": TensorBoardWriter, "wandb": WandbWriter}
+
+
+def default_writer(
+    directory: str | os.PathLike[str], *, restored_step: int = 0, further: Sequence[str] = ()
+) -> MultiWriter:
+    """Returns the log writer, the JSONL writer of a workdir, and further ones, as one.
+
+    Args:
+        directory: the workdir.
+        restored_step: step that the run continues from.
+        further: names in `FURTHER`.
+
+    Raises:
+        ValueError: an unknown name, or one whose package is not installed.
+    """
+    chosen: list[MetricWriter] = []
+    for name in further:
+        if name not in FURTHER:
+            raise ValueError(f"A writer is one of {', '.join(FURTHER)}, not {name!r}.")
+        try:
+            chosen.append(FURTHER[name](directory, restored_step=restored_step))
+        except ImportError as error:
+            raise ValueError(
+                f"The writer {name!r} needs the package {error.name}: pip install {error.name}."
+            ) from error
+    files = JsonlWriter(directory, restored_step=restored_step)
+    return MultiWriter([LogWriter(), files, *chosen])
 
 
 def _finite_or_none(value: Any) -> float | None:

@@ -23,6 +23,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.sample_every = 0
     config.validate_every = 0  # steps between the losses on clips that are not trained on
     config.keep_checkpoints = 2
+    config.keep_best = 0  # further checkpoints that stay: those with the least val_denoising
+    config.max_skipped = 10  # updates in a row that loss or gradient may not be finite for
+    config.accumulate = 1  # parts of a batch that are computed one after the other
+    config.writers = ()  # besides the log and metrics.jsonl: "tensorboard", "wandb"
     config.init_from = ""  # a model to start from: a file, or a folder of converted weights
 
     config.data = ml_collections.ConfigDict(
@@ -31,6 +35,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             validation="",  # likewise, not trained on; empty: the split "val" of a data set
             size=64,
             static_probability=0.3,  # the same network at m = 0 is the 3D-aware network
+        )
+    )
+    config.mesh = ml_collections.ConfigDict(
+        dict(
+            data=0,  # devices along the batch; 0: all that are left
+            fsdp=1,  # devices along parameters, their average and the optimizer's state
+            by_frames=False,  # the latter share the frames of a clip instead of the clips
         )
     )
     config.codec = ml_collections.ConfigDict(
@@ -79,7 +90,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             decay="cosine",  # to 0 at num_steps; or "constant"
             clip_norm=1.0,
             weight_decay=0.0,
+            # (expression, {"rate": factor, "frozen": bool}) of parameters; () has all alike.
+            groups=(),
         )
+    )
+    # Kernels: an expression for their paths; empty: all projections of attention.
+    config.lora = ml_collections.ConfigDict(
+        dict(rank=0, alpha=8.0, kernels="")  # rank 0: all parameters are trained
     )
     if arg == "smoke":
         _make_small(config)
