@@ -128,7 +128,7 @@ def run(
             f"{workdir} holds a finished run of {done} steps: raise --config.num_steps to "
             "continue it, or pass --overwrite to start anew."
         )
-    if export and jax.process_index() == 0:
+    if export:
         _export(export, workdir / "checkpoints")
 
 
@@ -213,7 +213,6 @@ def _train(
         logging.info("Training from step %d to %d.", first, options.num_steps)
         stack.callback(writer.close)
         stack.enter_context(cli.profile(workdir))
-        stack.enter_context(jax.set_mesh(mesh))
         stop = stack.enter_context(cli.stop_requests())
         try:
             loop.train(
@@ -289,6 +288,8 @@ def _export(path: str, folder: pathlib.Path) -> None:
         params, frozen = checkpointer.restore_model()
         config = checkpointer.restore_config()
     params = build.whole_params(config, params, frozen)
+    if jax.process_index():
+        return
     if path.endswith(".npz"):
         bundle.save_bundle(path, params, frozen["codec"], config)
     else:

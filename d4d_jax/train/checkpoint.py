@@ -15,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from d4d_jax.train import sharding
 from d4d_jax.train.state import TrainState
 from d4d_jax.typing import PyTree
 
@@ -177,12 +178,14 @@ class Checkpointer:
         """
         step = self._existing(step)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        if jax.process_count() > 1:  # they read together, every one all of it
+            device = sharding.replicated(sharding.make_mesh())
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
             self._metadata(step, "model"),
         )
         saved = self._read(step, model=ocp.args.StandardRestore(shapes))["model"]
-        return saved["ema"], saved["frozen"]
+        return sharding.local_copy((saved["ema"], saved["frozen"]))
 
     def wait(self) -> None:
         """Blocks until started saves are complete; raises OSError as `save`."""

@@ -117,7 +117,8 @@ def train(
     first = int(state.step)
     validation: Mapping[str, float] = {}
     if on_validate and options.validate_every and first == 0:
-        validation = on_validate(state)
+        with jax.set_mesh(mesh):
+            validation = on_validate(state)
         writer.write_scalars(0, validation)
     pending: list[Metrics] = []  # on the device; fetched once per line so steps overlap
     skips = _Skips(first, options.max_skipped, checkpointer)
@@ -130,7 +131,8 @@ def train(
         batch = sharding.place_batch(batch, mesh, batch_rules)
         # Update. Compiled once, before the first one.
         if flops is None:
-            step_fn, flops = _compiled(step_fn, state, batch)
+            with jax.set_mesh(mesh):
+                step_fn, flops = _compiled(step_fn, state, batch)
             clips, stretch = jax.tree.leaves(batch)[0].shape[0], _Stretch(first)
         if options.profile and step == options.profile[0]:
             jax.profiler.start_trace(options.profile_folder)
@@ -152,7 +154,8 @@ def train(
         # Validation.
         if on_validate and options.validate_every and not stopping:
             if is_last or step % options.validate_every == 0:
-                validation = on_validate(state)
+                with jax.set_mesh(mesh):
+                    validation = on_validate(state)
                 writer.write_scalars(step, validation)
                 stretch = _Stretch(step)
         # Samples.
