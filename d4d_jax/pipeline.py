@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from d4d_jax import cameras, clips, conversion, registry, sampling
+from d4d_jax import cameras, clips, conversion, guidance, registry, sampling
 from d4d_jax.clips import Color, OrbitClip
 from d4d_jax.conversion.files import read_metadata
 from d4d_jax.guidance import ThreeDAware
@@ -63,6 +63,9 @@ class OrbitPipeline:
         background: the colour of a frame where nothing is, RGB in [0, 1].
         guidance: of the dynamic orbit.
         static_guidance: of the static orbit, which is sampled at motion magnitude 0.
+        static_network: the frozen 3D-aware network of Eq. 3 (its fields as those of `network`), or
+            None for the network itself at motion magnitude 0.
+        static_params: its parameters.
         stepper: moves from one noise level to the next.
         spacing: of the timesteps; a schedule with zero terminal SNR wants "trailing".
     """
@@ -80,6 +83,8 @@ class OrbitPipeline:
     background: Color = clips.WHITE
     guidance: Guidance = dataclasses.field(default=ThreeDAware(w1=0.0, w2=0.5))
     static_guidance: Guidance = dataclasses.field(default=ThreeDAware(w1=0.0, w2=0.0))
+    static_network: Any = None
+    static_params: PyTree = None
     stepper: Stepper = dataclasses.field(default=DDIM())
     spacing: str = "leading"
 
@@ -136,7 +141,7 @@ class OrbitPipeline:
             "spacing": config.get("spacing", "trailing" if trailing else "leading"),
         }
         if "guidance" in config:
-            options["guidance"] = registry.build("guidance", config["guidance"])
+            options["guidance"] = guidance.from_config(config["guidance"])
             still = {"w2": 0.0} if config["guidance"]["name"] == "three_d_aware" else {}
             options["static_guidance"] = dataclasses.replace(options["guidance"], **still)
         if "prompt" in config:
@@ -164,6 +169,7 @@ class OrbitPipeline:
         num_steps: int = 50,
         seed: int = 0,
         caption: str = "",
+        asset: OrbitClip | None = None,
     ) -> OrbitClip:
         """Samples the dynamic and the static orbit of what the prompt shows or says.
 
@@ -175,9 +181,13 @@ class OrbitPipeline:
             num_steps: calls of the sampler.
             seed: of the noise; the same seed gives the same clip on the same platform.
             caption: passed on to the clip; by default a prompt that is a sentence.
+            asset: the static orbit of a 3D asset that is to move, by the cameras of this pipeline;
+                for networks that read one (static-3D-to-4D), and only for them. It becomes the
+                static orbit of the result.
 
         Raises:
-            ValueError: the prompt is of the other kind, an image has another number of channels,
+            ValueError: the prompt is of the other kind, the asset is missing, not wanted or of
+                another length, an image has another number of channels,
                 the motion is negative, or `num_steps` is not between 1 and the length of the
                 schedule.
         """
@@ -195,13 +205,21 @@ class OrbitPipeline:
         image = jax.ShapeDtypeStruct((self.size, self.size, 4), jnp.float32)
         latent = jax.eval_shape(self.codec.encode, self.codec_params, image)
         noise = jax.random.normal(jax.random.key(seed), (self.num_frames, *latent.shape))
-        sample = functools.partial(_sample, self.network, self.codec, self.stepper)
-        inputs = (self.params, self.codec_params, self.schedule, noise)
+        if asset is not None or getattr(self.network, "static_channels", 0):
+            conditioning = dataclasses.replace(conditioning, static=self._asset_latents(asset))
+        networks = (self.network, self.static_network)
+        sample = functools.partial(_sample, networks, self.codec, self.stepper)
+        parameters = (self.params, self.static_params)
+        inputs = (parameters, self.codec_params, self.schedule, noise)
         steps = tuple(timesteps.tolist())
         orbits = {"dynamic": (self.guidance, motion), "static": (self.static_guidance, 0.0)}
         if not self.moves:
             del orbits["dynamic"]
         fields: dict[str, Any] = {}
+        if asset is not None:
+            del orbits["static"]
+            colour, alpha = self._asset_frames(asset, self.background)
+            fields = {"static": colour, "static_alpha": alpha}
         for view, (guide, magnitude) in orbits.items():
             told = conditioning.with_motion(magnitude) if self.moves else conditioning
             frames = np.asarray(sample(guide, steps, *inputs, told))
@@ -216,6 +234,29 @@ class OrbitPipeline:
             background=self.background,
             **fields,
         )
+
+    def _asset_latents(self, asset: OrbitClip | None) -> Float[Array, "1 t h w c"]:
+        if not getattr(self.network, "static_channels", 0):
+            raise ValueError("This model does not read a 3D asset; leave it out.")
+        if asset is None or asset.static is None or asset.static_alpha is None:
+            raise ValueError(
+                "This model moves a 3D asset: pass its static orbit, with alpha, as `asset`."
+            )
+        if len(asset.static) != self.num_frames:
+            raise ValueError(
+                f"The orbit of the asset has {len(asset.static)} frames, but this model makes"
+                f" {self.num_frames}."
+            )
+        colour, alpha = self._asset_frames(asset, clips.WHITE)
+        frames = 2 * np.concatenate([colour, alpha[..., None]], axis=-1) - 1
+        return self._to_latents(jnp.asarray(frames))[None]
+
+    def _asset_frames(self, asset: OrbitClip, background: Color) -> tuple[np.ndarray, np.ndarray]:
+        """The static orbit of an asset in this size on that background, and its alpha."""
+        still = asset.resized(self.size, self.size)
+        alpha = np.asarray(still.static_alpha, np.float32)
+        change = np.asarray(background, np.float32) - np.asarray(still.background, np.float32)
+        return np.asarray(still.static) + (1 - alpha[..., None]) * change, alpha
 
     def _to_latents(self, images: Float[Array, "b h w 4"]) -> Float[Array, "b h2 w2 c"]:
         return _encode(self.codec, self.codec_params, images)
@@ -312,19 +353,25 @@ def _encode(codec: Codec, params: PyTree, images: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _sample(
-    network: Any,
+    networks: tuple[Any, Any],
     codec: Codec,
     stepper: Stepper,
     guide: Guidance,
     timesteps: tuple[int, ...],
-    params: PyTree,
+    params: tuple[PyTree, PyTree],
     codec_params: PyTree,
     schedule: NoiseSchedule,
     noise: Array,
     conditioning: Conditioning,
 ) -> Array:
-    """Frames (t, h, w, c) in [0, 1] of one orbit."""
-    denoise = guide(functools.partial(network.apply, {"params": params}))
+    """Frames (t, h, w, c) in [0, 1] of one orbit; the second network is the 3D-aware one."""
+    denoise, static_denoise = (
+        None if network is None else functools.partial(network.apply, {"params": own})
+        for network, own in zip(networks, params, strict=True)
+    )
+    if static_denoise is not None and isinstance(guide, ThreeDAware):
+        guide = dataclasses.replace(guide, static_denoise=static_denoise)
+    denoise = guide(denoise)
     latents = sampling.sample(
         denoise, schedule, stepper, noise[None], conditioning, timesteps=np.asarray(timesteps)
     )

@@ -65,4 +65,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "data": _SIZES,
         "spacing": "leading",
     },
+    "diffusion4d_static3d": {
+        "network": {"name": "unet", "variant": "diffusion4d_static3d"},
+        "codec": _CODEC,
+        "schedule": _IMAGE_SCHEDULE,
+        "prompt": {"name": "image_text"},
+        "guidance": _EQUATION_3,
+        "data": _SIZES,
+        "spacing": "leading",
+    },
 }

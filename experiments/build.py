@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from jax import Array
 from jax.sharding import Mesh
 
@@ -298,8 +299,10 @@ def init_state(
         told = objective.conditioning(batch, latents, static)
         return objective.network.init(init_key, latents, timestep, told)["params"]
 
-    def create(frozen: PyTree, batch: PyTree, params: PyTree) -> TrainState:
-        params = init(frozen, batch) if params is None else params
+    def create(frozen: PyTree, batch: PyTree, known: PyTree) -> TrainState:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: known.get(sharding.path_name(path), leaf), init(frozen, batch)
+        )
         if options["rank"]:
             frozen = {**frozen, "base": params}
             kernels = options["kernels"] or lora.ATTENTION
@@ -308,33 +311,46 @@ def init_state(
 
     # As numpy arrays all processes have the same ones, and those of a base need no device whole.
     one = jax.tree.map(lambda leaf: leaf[:1], batch)
-    given = jax.tree.map(np.asarray, ({"codec": codec_params}, one, base and base.params))
-    if base is not None:
-        _check_shapes(base.params, jax.eval_shape(init, *given[:2]))
-    places = sharding.shardings(jax.eval_shape(create, *given), mesh, sharding.STATE_RULES)
-    return jax.jit(create, out_shardings=places)(*given)
+    given = jax.tree.map(np.asarray, ({"codec": codec_params}, one))
+    known = {} if base is None else _shared(base.params, jax.eval_shape(init, *given))
+    places = sharding.shardings(jax.eval_shape(create, *given, known), mesh, sharding.STATE_RULES)
+    return jax.jit(create, out_shardings=places)(*given, known)
 
 
-def _check_shapes(params: PyTree, wanted: PyTree) -> None:
-    """Raises ValueError where parameters are not those of the network that is to be trained."""
+def _shared(params: PyTree, wanted: PyTree) -> dict[str, np.ndarray]:
+    """The parameters of a base that the network has, too, by path; logs which others there are.
 
-    def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree.leaves_with_path(tree)
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves
-        }
+    Raises:
+        ValueError: they differ in shape, or there are none.
+    """
 
-    found, needed = shapes(params), shapes(wanted)
+    def by_path(tree: PyTree) -> dict[str, Any]:
+        return {sharding.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+    found, needed = by_path(params), by_path(wanted)
+    shared = found.keys() & needed.keys()
     wrong = sorted(
-        f"{path} is {found.get(path, 'absent')} and not {needed.get(path, 'wanted')}"
-        for path in found.keys() | needed.keys()
-        if found.get(path) != needed.get(path)
+        f"{path} is {found[path].shape} and not {needed[path].shape}"
+        for path in shared
+        if found[path].shape != needed[path].shape
     )
-    if wrong:
+    if wrong or not shared:
         raise ValueError(
             "The parameters of init_from are not those of the network in the configuration:"
-            f" {'; '.join(wrong[:5])}{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''}."
+            f" {_some(wrong) or 'no name is the same'}."
         )
+    for names, what in (
+        (needed.keys() - shared, "New parameters, which init_from does not have"),
+        (found.keys() - shared, "Parameters of init_from that the network does not have"),
+    ):
+        if names:
+            logging.warning("%s: %s.", what, _some(sorted(names)))
+    return {path: np.asarray(found[path]) for path in shared}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{'; '.join(names[:5])}{more}"
 
 
 def build_sampler(

@@ -17,7 +17,7 @@ from absl import flags, logging
 
 import d4d_jax
 from d4d_jax import clips, media
-from d4d_jax.guidance import ThreeDAware
+from d4d_jax.guidance import Interval, ThreeDAware
 from d4d_jax.models.prompts import Prompt
 from d4d_jax.pipeline import EMBEDDED, OrbitPipeline, load_prompt_params
 from d4d_jax.train.checkpoint import Checkpointer
@@ -41,6 +41,23 @@ _W1 = flags.DEFINE_float(
 )
 _W2 = flags.DEFINE_float(
     "guidance_w2", None, "Weight of the step away from the static object; default: the model's."
+)
+_RESCALE = flags.DEFINE_float(
+    "guidance_rescale", None, "Share of the contrast that guidance adds which is taken back."
+)
+_INTERVAL = flags.DEFINE_list(
+    "guidance_interval", None, "FIRST,LAST: timesteps between which there is guidance."
+)
+_BATCHING = flags.DEFINE_bool(
+    "guidance_batching", None, "Compute the branches of guidance in one call; takes more memory."
+)
+_STATIC_CHECKPOINT = flags.DEFINE_string(
+    "static_checkpoint",
+    None,
+    "The frozen 3D-aware network of Eq. 3, as --checkpoint; default: the model itself at m = 0.",
+)
+_ASSET = flags.DEFINE_string(
+    "asset_clip", None, "Clip folder with the static orbit of a 3D asset that is to move."
 )
 _STEPS = flags.DEFINE_integer("steps", 50, "DDIM steps.", lower_bound=1)
 flags.adopt_module_key_flags(cli)
@@ -71,17 +88,55 @@ def sample(prompt: Prompt, pipeline: OrbitPipeline) -> clips.OrbitClip:
     """Samples the orbits of a prompt with the settings of the command line."""
     logging.info("Sampling %d frames of %d x %d.", pipeline.num_frames, *2 * [pipeline.size])
     start = time.perf_counter()
-    weights = {"w1": _W1.value, "w2": _W2.value}
-    given = {name: weight for name, weight in weights.items() if weight is not None}
-    if given:
-        if not isinstance(pipeline.guidance, ThreeDAware):
-            raise ValueError("--guidance_w1 and --guidance_w2 are for models with a motion input.")
-        guidance = dataclasses.replace(pipeline.guidance, **given)
-        still = dataclasses.replace(guidance, w2=0.0)
-        pipeline = dataclasses.replace(pipeline, guidance=guidance, static_guidance=still)
-    clip = pipeline(prompt, motion=_MOTION.value, num_steps=_STEPS.value, seed=SEED.value)
+    asset = None if _ASSET.value is None else clips.read_clip(_ASSET.value)
+    clip = _guided(pipeline)(
+        prompt, motion=_MOTION.value, num_steps=_STEPS.value, seed=SEED.value, asset=asset
+    )
     logging.info("Sampled in %.0f s.", time.perf_counter() - start)
     return clip
+
+
+def _guided(pipeline: OrbitPipeline) -> OrbitPipeline:
+    """The pipeline with the guidance of the command line."""
+    options = {
+        "w1": _W1.value,
+        "w2": _W2.value,
+        "rescale": _RESCALE.value,
+        "batched": _BATCHING.value,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    guidance = pipeline.guidance
+    if not isinstance(guidance, ThreeDAware):
+        if given or _INTERVAL.value or _STATIC_CHECKPOINT.value:
+            raise ValueError("The flags of guidance are for models with a motion input.")
+        return pipeline
+    guidance = dataclasses.replace(guidance, **given)
+    if _INTERVAL.value:
+        if len(_INTERVAL.value) != 2 or not all(word.isdigit() for word in _INTERVAL.value):
+            raise ValueError(
+                f"--guidance_interval is FIRST,LAST, not {','.join(_INTERVAL.value)!r}."
+            )
+        first, last = map(int, _INTERVAL.value)
+        between = {
+            name: weight if callable(weight) or not weight else Interval(weight, first, last)
+            for name, weight in (("w1", guidance.w1), ("w2", guidance.w2))
+        }
+        guidance = dataclasses.replace(guidance, **between)
+    still = dataclasses.replace(guidance, w2=0.0)
+    pipeline = dataclasses.replace(pipeline, guidance=guidance, static_guidance=still)
+    if _STATIC_CHECKPOINT.value is None:
+        return pipeline
+    static = load_pipeline(_STATIC_CHECKPOINT.value)
+    if (static.codec, static.size, static.schedule.prediction) != (
+        pipeline.codec,
+        pipeline.size,
+        pipeline.schedule.prediction,
+    ):
+        raise ValueError(
+            f"{_STATIC_CHECKPOINT.value} cannot be the 3D-aware network of {_CHECKPOINT.value}:"
+            " codec, size or prediction differ."
+        )
+    return dataclasses.replace(pipeline, static_network=static.network, static_params=static.params)
 
 
 def write_samples(clip: clips.OrbitClip, workdir: pathlib.Path) -> None:
@@ -96,6 +151,7 @@ def settings() -> dict[str, float | int | str | None]:
     """The settings of the command line, for a report."""
     prompt = _IMAGE if _TEXT.value is None else _TEXT
     chosen = (prompt, _CHECKPOINT, _MOTION, _W1, _W2, _STEPS, SEED)
+    chosen += (_RESCALE, _INTERVAL, _STATIC_CHECKPOINT, _ASSET)
     return {flag.name: flag.value for flag in chosen}
 
 

@@ -15,7 +15,7 @@ from d4d_jax.data import synthetic
 from d4d_jax.data.pipeline import ClipSource
 from d4d_jax.pipeline import OrbitPipeline
 from experiments import build, sample, train
-from experiments.configs import finetune
+from experiments.configs import finetune, paper, paper_image, paper_static3d, paper_text
 
 NETWORK = model_folders.NETWORK | {"multipliers": (1,), "temporal_conv": False}
 PRESETS = ("diffusion4d_t2v", "diffusion4d_i2v")
@@ -185,3 +185,91 @@ def test_presets_are_the_configurations():
 def test_entries_are_as_many_as_clips(root):
     with pytest.raises(ValueError, match="There are 2 clips, but entries for 1"):
         ClipSource(root / "clips").extended([{}])
+
+
+@pytest.fixture(scope="module")
+def moved_asset(root):
+    """The model that a run makes for static assets, from one that does not know of them."""
+    config = toy_config(root, "diffusion4d_static3d", init_from=str(root / "diffusion4d_i2v"))
+    config["network"] |= {"static_channels": 4}
+    folder = root / "run_static3d"
+    folder.mkdir()
+    train.run(config, folder, export=str(root / "static3d"))
+    return OrbitPipeline.load(root / "static3d")
+
+
+def test_a_static_asset_is_learnt_by_new_weights_and_stays_in_the_result(root, moved_asset):
+    new = moved_asset.params["static_in"]["kernel"]
+    assert 0 < np.abs(new).max() < 1e-3  # they started at 0
+    clip = clips.read_clip(root / "clips" / "0", size=(SIZE, SIZE))
+    other = clips.read_clip(root / "clips" / "1", size=(SIZE, SIZE))
+    image = clip.dynamic[0]
+    strong = {**moved_asset.params, "static_in": {"kernel": 1e6 * new}}
+    model = dataclasses.replace(moved_asset, params=strong)
+    one, two = (model(image, num_steps=2, asset=asset) for asset in (clip, other))
+    assert np.abs(one.dynamic - two.dynamic).max() > 1e-3
+    np.testing.assert_allclose(one.static, clip.static, atol=1e-6)
+    np.testing.assert_allclose(one.static_alpha, clip.static_alpha, atol=1e-6)
+
+
+def test_missing_and_unwanted_assets_are_named(root, moved_asset):
+    clip = clips.read_clip(root / "clips" / "0", size=(SIZE, SIZE))
+    with pytest.raises(ValueError, match="moves a 3D asset: pass its static orbit"):
+        moved_asset(clip.dynamic[0], num_steps=2)
+    with pytest.raises(ValueError, match="does not read a 3D asset"):
+        OrbitPipeline.load(root / "diffusion4d_i2v")(clip.dynamic[0], num_steps=2, asset=clip)
+    longer = synthetic.make_clip(0, num_frames=FRAMES + 1, size=SIZE)
+    with pytest.raises(ValueError, match=f"has {FRAMES + 1} frames, but this model makes {FRAMES}"):
+        moved_asset(clip.dynamic[0], num_steps=2, asset=longer)
+
+
+def test_a_network_may_have_more_or_less_than_the_base_and_it_is_said(
+    root, started, tmp_path, caplog
+):
+    config = toy_config(root, "diffusion4d_t2v")
+    config["network"] |= {"motion_embedding": False, "temporal_conv": True}
+    train.run(config, tmp_path)
+    assert "New parameters, which init_from does not have: down_0/" in caplog.text
+    assert "that the network does not have: motion_embedding/" in caplog.text
+    ((state, _),) = started
+    expected = conversion.load(root / "diffusion4d_t2v" / "network.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, state.params["conv_in"], expected["conv_in"])
+
+
+def test_adapters_are_trained_alone_and_merged_into_the_export(root, tmp_path):
+    config = toy_config(root, "diffusion4d_t2v", lora={"rank": 2, "alpha": 4.0, "kernels": ""})
+    train.run(config, tmp_path / "run_lora", export=str(tmp_path / "merged"))
+    before = conversion.load(root / "diffusion4d_t2v" / "network.safetensors")
+    after = conversion.load(tmp_path / "merged" / "network.safetensors")
+    for path, change in jax.tree.leaves_with_path(jax.tree.map(lambda a, b: b - a, before, after)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert np.abs(change).max() == 0 or "attention" in name, name
+    moved = jax.tree.map(lambda a, b: float(np.abs(b - a).max()), before, after)
+    assert max(jax.tree.leaves(moved)) > 0
+    run, merged = (
+        sample.load_pipeline(str(tmp_path / "run_lora")),
+        OrbitPipeline.load(tmp_path / "merged"),
+    )
+    jax.tree.map(np.testing.assert_array_equal, run.params, merged.params)
+
+
+@pytest.mark.parametrize("file", [paper_text, paper_image, paper_static3d])
+def test_every_ablation_of_the_paper_is_one_difference(file):
+    def flat(arg):
+        return train._flatten(json.loads(file.get_config(arg).to_json()))
+
+    base = flat("")
+    assert (base["batch_size"], base["num_steps"]) == (128, 6000)
+    assert base["optimizer.learning_rate"] == 3e-5
+    changes = {
+        "no_lmr": ("loss.omega", 0.0),
+        "no_3d_cfg": ("guidance.w2", 0.0),
+        "no_motion": ("network.motion_embedding", False),
+        "no_static_mix": ("data.static_probability", 0.0),
+    }
+    assert changes.keys() == paper.ABLATIONS.keys()
+    for name, (key, value) in changes.items():
+        config = flat(f"ablation={name}")
+        assert {k: v for k, v in config.items() if base.get(k) != v} == {key: value}
+    with pytest.raises(ValueError, match=r"take ablation=no_lmr, .*, not 'ablation=no_ldm'"):
+        file.get_config("ablation=no_ldm")

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from d4d_jax import registry
-from d4d_jax.guidance import ClassifierFree, ThreeDAware
+from d4d_jax.guidance import (
+    ClassifierFree,
+    Interval,
+    Ramp,
+    ThreeDAware,
+    from_config,
+    rescaled,
+)
 from d4d_jax.models.conditioning import Conditioning
 from d4d_jax.sampling import ddim
 from d4d_jax.schedules import cosine
@@ -134,3 +141,43 @@ def test_any_conditioning_works_with_functions_and_inside_a_sampler():
     np.testing.assert_allclose(
         run(noise, {"level": level}), np.repeat(level[:, None], 3, 1) * 2.25, rtol=1e-5
     )
+
+
+def test_weights_may_depend_on_the_timestep():
+    ramp = Ramp(noisy=8.0, clean=2.0)
+    np.testing.assert_allclose(ramp(jnp.array([0, 999])), [2.0, 8.0])
+    interval = Interval(3.0, 200, 800, outside=1.0)
+    np.testing.assert_array_equal(interval(jnp.array([199, 200, 799, 800])), [1, 3, 3, 1])
+    times = jnp.array([100, 500])
+    cond, uncond = (
+        network(X, times, told) for told in (CONDITIONING, CONDITIONING.without_prompt())
+    )
+    guided = ClassifierFree(interval)(network)(X, times, CONDITIONING)
+    np.testing.assert_allclose(guided[0], cond[0], rtol=1e-5)
+    np.testing.assert_allclose(guided[1], uncond[1] + 3 * (cond - uncond)[1], rtol=1e-5)
+    still = network(X, times, CONDITIONING.with_motion(0.0))
+    guided = ThreeDAware(0.0, ramp)(network)(X, times, CONDITIONING)
+    expected = cond + spread(ramp(times)) * (cond - still)
+    np.testing.assert_allclose(guided, expected, rtol=1e-5)
+
+
+def test_guidance_with_scheduled_weights_comes_from_a_configuration():
+    config = {"name": "three_d_aware", "w1": {"name": "ramp", "noisy": 8, "clean": 2}, "w2": 0.5}
+    assert from_config(config) == ThreeDAware(Ramp(8, 2), 0.5)
+    with pytest.raises(ValueError, match="Unknown weight 'step'"):
+        from_config({"name": "three_d_aware", "w1": {"name": "step"}})
+
+
+def test_rescaling_gives_the_deviation_of_the_conditional_prediction():
+    cond, guided = np.random.default_rng(0).normal(size=(2, 2, 3, 4, 4, 5)).astype(np.float32)
+    guided = 3 * guided
+    full = rescaled(jnp.asarray(guided), jnp.asarray(cond), 1.0)
+    for a, b in zip(full, cond, strict=True):
+        assert float(jnp.std(a, ddof=1)) == pytest.approx(float(np.std(b, ddof=1)), rel=1e-5)
+    half = rescaled(jnp.asarray(guided), jnp.asarray(cond), 0.5)
+    np.testing.assert_allclose(half, (full + guided) / 2, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(rescaled(jnp.asarray(guided), jnp.asarray(cond), 0.0), guided)
+    plain = ThreeDAware(2.0, 1.0)(network)(X, T, CONDITIONING)
+    after = ThreeDAware(2.0, 1.0, rescale=0.7)(network)(X, T, CONDITIONING)
+    expected = rescaled(plain, network(X, T, CONDITIONING), 0.7)
+    np.testing.assert_allclose(after, expected, rtol=1e-5)

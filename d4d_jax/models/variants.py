@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "videomv_i2v": _IMAGE,
     "diffusion4d_t2v": _TEXT | {"motion_embedding": True},
     "diffusion4d_i2v": _IMAGE | {"motion_embedding": True},
+    "diffusion4d_static3d": _IMAGE | {"motion_embedding": True, "static_channels": 4},
 }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from d4d_jax.typing import PyTree
 
@@ -61,14 +61,14 @@ def make_mesh(data: int | None = None, fsdp: int = 1) -> Mesh:
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of arrays of which every device holds a whole copy."""
     return NamedSharding(mesh, jax.P())
 
 
 def check_batch(
     batch_size: int,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     num_frames: int | None = None,
     by_frames: bool = False,
@@ -103,7 +103,7 @@ def check_batch(
         )
 
 
-def shardings(tree: PyTree, mesh: Mesh, rules: Sequence[Rule]) -> PyTree:
+def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Sequence[Rule]) -> PyTree:
     """Returns the sharding of every leaf, by the first rule whose expression occurs in its path.
 
     Args:
@@ -141,7 +141,7 @@ def shardings(tree: PyTree, mesh: Mesh, rules: Sequence[Rule]) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def _largest(shape: tuple[int, ...], mesh: Mesh) -> jax.P:
+def _largest(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> jax.P:
     parts = mesh.shape["fsdp"]
     axes = [i for i, size in enumerate(shape) if size % parts == 0]
     if parts == 1 or not axes or math.prod(shape) < MIN_SPLIT:
