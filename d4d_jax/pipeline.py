@@ -17,7 +17,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,10 @@ class OrbitPipeline:
             "spacing": config.get("spacing", "trailing" if trailing else "leading"),
         }
         if "guidance" in config:
-            options["guidance"] = guidance.from_config(config["guidance"])
-            still = {"w2": 0.0} if config["guidance"]["name"] == "three_d_aware" else {}
-            options["static_guidance"] = dataclasses.replace(options["guidance"], **still)
+            guide = options["guidance"] = guidance.from_config(config["guidance"])
+            if isinstance(guide, ThreeDAware):
+                guide = dataclasses.replace(guide, w2=0.0)
+            options["static_guidance"] = guide
         if "prompt" in config:
             options["prompt"] = registry.build("prompt", config["prompt"])
         return cls(
@@ -170,6 +171,7 @@ class OrbitPipeline:
         seed: int = 0,
         caption: str = "",
         asset: OrbitClip | None = None,
+        views: Sequence[str] = ("dynamic", "static"),
     ) -> OrbitClip:
         """Samples the dynamic and the static orbit of what the prompt shows or says.
 
@@ -184,13 +186,16 @@ class OrbitPipeline:
             asset: the static orbit of a 3D asset that is to move, by the cameras of this pipeline;
                 for networks that read one (static-3D-to-4D), and only for them. It becomes the
                 static orbit of the result.
+            views: which orbits to sample.
 
         Raises:
-            ValueError: the prompt is of the other kind, the asset is missing, not wanted or of
-                another length, an image has another number of channels,
-                the motion is negative, or `num_steps` is not between 1 and the length of the
+            ValueError: a view is unknown, the prompt is of the other kind, the asset is missing,
+                not wanted or of another length, an image has another number of channels, the
+                motion is negative, or `num_steps` is not between 1 and the length of the
                 schedule.
         """
+        if unknown := sorted(set(views) - {"dynamic", "static"}):
+            raise ValueError(f"The orbits are 'dynamic' and 'static', not {unknown[0]!r}.")
         if motion < 0:
             raise ValueError(f"The motion magnitude must be 0 or more; got {motion}.")
         orbit = cameras.orbit(self.num_frames, width=self.size, height=self.size, **self.orbit)
@@ -221,6 +226,8 @@ class OrbitPipeline:
             colour, alpha = self._asset_frames(asset, self.background)
             fields = {"static": colour, "static_alpha": alpha}
         for view, (guide, magnitude) in orbits.items():
+            if view not in views:
+                continue
             told = conditioning.with_motion(magnitude) if self.moves else conditioning
             frames = np.asarray(sample(guide, steps, *inputs, told))
             fields[view] = frames[..., :3]
@@ -365,13 +372,11 @@ def _sample(
     conditioning: Conditioning,
 ) -> Array:
     """Frames (t, h, w, c) in [0, 1] of one orbit; the second network is the 3D-aware one."""
-    denoise, static_denoise = (
-        None if network is None else functools.partial(network.apply, {"params": own})
-        for network, own in zip(networks, params, strict=True)
-    )
-    if static_denoise is not None and isinstance(guide, ThreeDAware):
+    (network, static_network), (own, static_own) = networks, params
+    if static_network is not None and isinstance(guide, ThreeDAware):
+        static_denoise = functools.partial(static_network.apply, {"params": static_own})
         guide = dataclasses.replace(guide, static_denoise=static_denoise)
-    denoise = guide(denoise)
+    denoise = guide(functools.partial(network.apply, {"params": own}))
     latents = sampling.sample(
         denoise, schedule, stepper, noise[None], conditioning, timesteps=np.asarray(timesteps)
     )

@@ -123,7 +123,7 @@ def tell(source: ClipSource, base: OrbitPipeline) -> ClipSource:
     by_caption = base.prompt.reads == "text"
 
     def told(record: PyTree, index: int) -> PyTree:
-        prompt = str(record["caption"]) if by_caption else _straight((record["dynamic"][0] + 1) / 2)
+        prompt = str(record["caption"]) if by_caption else straight((record["dynamic"][0] + 1) / 2)
         if by_caption and not prompt:
             raise ValueError(f"Clip {index} has no caption, which this model is prompted by.")
         conditioning = base.prompt.encode(
@@ -376,7 +376,7 @@ def build_sampler(
         for i, record in enumerate(prompts):
             truth = (record["dynamic"] + 1) / 2  # on white, then alpha
             by_caption = pipeline.prompt.reads == "text"
-            prompt = str(record["caption"]) if by_caption else _straight(truth[0])
+            prompt = str(record["caption"]) if by_caption else straight(truth[0])
             clip = pipeline(prompt, motion=float(record["motion"]), num_steps=SAMPLING_STEPS)
             both = [truth[..., :3], clip.dynamic if pipeline.moves else clip.static]
             rows += both
@@ -386,7 +386,7 @@ def build_sampler(
     return sample
 
 
-def _straight(on_white: np.ndarray) -> np.ndarray:
+def straight(on_white: np.ndarray) -> np.ndarray:
     """RGBA with straight colour, as image files have it, of colour on white and alpha."""
     colour, alpha = on_white[..., :3], on_white[..., 3:]
     straight = 1 - (1 - colour) / np.maximum(alpha, 1e-6)

@@ -12,6 +12,8 @@ import dataclasses
 import pathlib
 import shutil
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags, logging
 
@@ -110,20 +112,17 @@ def _guided(pipeline: OrbitPipeline) -> OrbitPipeline:
         if given or _INTERVAL.value or _STATIC_CHECKPOINT.value:
             raise ValueError("The flags of guidance are for models with a motion input.")
         return pipeline
-    guidance = dataclasses.replace(guidance, **given)
     if _INTERVAL.value:
         if len(_INTERVAL.value) != 2 or not all(word.isdigit() for word in _INTERVAL.value):
             raise ValueError(
                 f"--guidance_interval is FIRST,LAST, not {','.join(_INTERVAL.value)!r}."
             )
         first, last = map(int, _INTERVAL.value)
-        between = {
-            name: weight if callable(weight) or not weight else Interval(weight, first, last)
-            for name, weight in (("w1", guidance.w1), ("w2", guidance.w2))
-        }
-        guidance = dataclasses.replace(guidance, **between)
-    still = dataclasses.replace(guidance, w2=0.0)
-    pipeline = dataclasses.replace(pipeline, guidance=guidance, static_guidance=still)
+        for name in ("w1", "w2"):
+            weight = given.get(name, getattr(guidance, name))
+            if weight and not callable(weight):
+                given[name] = Interval(weight, first, last)
+    pipeline = with_guidance(pipeline, given)
     if _STATIC_CHECKPOINT.value is None:
         return pipeline
     static = load_pipeline(_STATIC_CHECKPOINT.value)
@@ -137,6 +136,21 @@ def _guided(pipeline: OrbitPipeline) -> OrbitPipeline:
             " codec, size or prediction differ."
         )
     return dataclasses.replace(pipeline, static_network=static.network, static_params=static.params)
+
+
+def with_guidance(pipeline: OrbitPipeline, changes: Mapping[str, Any]) -> OrbitPipeline:
+    """The pipeline with other fields of its 3D-aware guidance; its static orbit keeps w2 = 0.
+
+    Raises:
+        ValueError: it has another guidance.
+    """
+    if not changes:
+        return pipeline
+    if not isinstance(pipeline.guidance, ThreeDAware):
+        raise ValueError("The flags of guidance are for models with a motion input.")
+    guidance = dataclasses.replace(pipeline.guidance, **changes)
+    still = dataclasses.replace(guidance, w2=0.0)
+    return dataclasses.replace(pipeline, guidance=guidance, static_guidance=still)
 
 
 def write_samples(clip: clips.OrbitClip, workdir: pathlib.Path) -> None:

@@ -85,7 +85,7 @@ def test_a_run_starts_with_the_weights_and_the_prompts_of_the_model(
         prompt = str(shown["caption"])
         assert "image_embedding" not in batch
     else:
-        prompt = build._straight((shown["dynamic"][0] + 1) / 2)
+        prompt = build.straight((shown["dynamic"][0] + 1) / 2)
     told = base.prompt.encode(towers(), prompt, size=SIZE, to_latents=lambda image: image)
     if told.image_embedding is not None:
         np.testing.assert_allclose(batch["image_embedding"], told.image_embedding, atol=1e-5)
