@@ -83,7 +83,10 @@ def build_source(config: Config) -> ClipSource:
     Raises:
         FileNotFoundError, ValueError: the named folder or file holds no usable clips.
     """
-    return ClipSource(config["data"]["path"] or EMBEDDED_CLIPS, size=config["data"]["size"])
+    data = config["data"]
+    return ClipSource(
+        data["path"] or EMBEDDED_CLIPS, size=data["size"], max_corrupt=data["max_corrupt"]
+    )
 
 
 def load_base(config: Config) -> OrbitPipeline | None:
@@ -187,7 +190,7 @@ def build_validation(config: Config, objective: DiffusionObjective, told: Told) 
                 " or --config.data.path to a data set with a split 'val'."
             )
         source = records.Records(data["path"], "val")
-    source = told(ClipSource(source, size=data["size"]))
+    source = told(ClipSource(source, size=data["size"], max_corrupt=data["max_corrupt"]))
 
     def evaluate(params: PyTree, frozen: PyTree, batch: PyTree, timestep: Array) -> Metrics:
         whole = whole_params(config, params, frozen)

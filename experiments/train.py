@@ -50,6 +50,7 @@ CHANGEABLE = frozenset(
         "mesh.fsdp",
         "mesh.by_frames",
         "data.validation",
+        "data.max_corrupt",
     }
 )
 

@@ -337,3 +337,38 @@ def test_every_sample_has_a_key_of_its_own_that_the_seed_decides(made):
     assert len(np.unique(first, axis=0)) == 21
     np.testing.assert_array_equal(keys(0), first)
     assert (keys(1) != first).any()
+
+
+@pytest.fixture
+def eight(made, tmp_path):
+    """A folder of eight clips, whose captions are their names."""
+    for i in range(8):
+        clip = dataclasses.replace(made[i % 7], caption=str(i))
+        clips.write_clip(clip, tmp_path / str(i))
+    return tmp_path
+
+
+@pytest.mark.parametrize("broken", ["multi_frame2.png", "multi_frame0.png"])
+def test_a_corrupt_clip_is_named_and_replaced_and_the_others_stay_in_order(eight, broken, caplog):
+    def order():
+        source = pipeline.ClipSource(eight, max_corrupt=0.2)
+        return source, captions(take(pipeline.make_dataset(source, batch_size=2, seed=3), 8))
+
+    _, before = order()
+    (eight / "5" / broken).write_bytes(b"damaged")
+    source, after = order()
+    assert list(source.corrupt) == [5] and "Clip 5 is left out, the 1. of 8" in caplog.text
+    assert caplog.text.count("left out") == 1 and broken in caplog.text
+    assert after == ["6" if caption == "5" else caption for caption in before]
+
+
+def test_too_many_corrupt_clips_end_the_run(eight):
+    for name in ("5", "6"):
+        (eight / name / "multi_frame2.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="multi_frame2"):
+        captions(take(pipeline.make_dataset(eight, batch_size=8), 1))
+    source = pipeline.ClipSource(eight, max_corrupt=0.2)
+    with pytest.raises(ValueError, match=r"2 of 8 clips cannot be read, .*max_corrupt=0.2"):
+        captions(take(pipeline.make_dataset(source, batch_size=8), 1))
+    with pytest.raises(ValueError, match="max_corrupt must lie"):
+        pipeline.ClipSource(eight, max_corrupt=1.0)

@@ -8,8 +8,10 @@ processes of a run read disjoint parts of one stream, also when their number cha
 
 import copy
 import functools
+import logging
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,11 @@ from PIL import Image, UnidentifiedImageError
 from d4d_jax import clips, motion
 from d4d_jax.data import records
 from d4d_jax.typing import AnyArray
+
+_LOGGER = logging.getLogger(__name__)
+
+#: What reading a damaged clip raises, in Pillow, msgpack, zlib and our own checks.
+_UNREADABLE = (ValueError, KeyError, TypeError, EOFError, OSError, zlib.error)
 
 #: A clip as the network sees it; the keys are described in `element`.
 Element = dict[str, Any]
@@ -187,6 +194,7 @@ class ClipSource:
 
     Attributes:
         num_frames: the number t of frames, the same for all clips.
+        corrupt: why clips were left out, by their index.
     """
 
     def __init__(
@@ -195,14 +203,25 @@ class ClipSource:
         *,
         size: int | None = None,
         cache_bytes: int = 2**30,
+        max_corrupt: float | int = 0.0,
     ):
         """Finds the clips and checks, from file names and headers, that they fit together.
 
         Of the folder of a data set the split "train" is taken.
 
+        Args:
+            size, cache_bytes: as for `make_dataset`.
+            max_corrupt: share of the clips that may be unreadable, in [0, 1). Each is logged once,
+                and the next readable clip takes its place, so that the order of the others and the
+                position of an iterator stay what they were.
+
         Raises:
-            FileNotFoundError, ValueError: as `make_dataset`.
+            FileNotFoundError, ValueError: as `make_dataset`; or more clips cannot be read.
         """
+        if not 0 <= max_corrupt < 1:
+            raise ValueError(f"max_corrupt must lie in [0, 1), but it is {max_corrupt}.")
+        self._max_corrupt = max_corrupt
+        self.corrupt: dict[int, str] = {}
         if isinstance(source, (str, os.PathLike)) and records.is_dataset(source):
             source = records.Records(source)
         self._clips: Sequence[Path | clips.OrbitClip | records.Record]
@@ -211,8 +230,12 @@ class ClipSource:
             shapes = {f"{source!r}, shape {i}": shape for i, shape in enumerate(source.shapes)}
         elif isinstance(source, (str, os.PathLike)):
             paths = find_clips(source)
-            self._clips = paths
-            shapes = {str(path): _probe(path) for path in paths}
+            self._clips, shapes = paths, {}
+            for i, path in enumerate(paths):
+                try:
+                    shapes[str(path)] = _probe(path)
+                except ValueError as error:
+                    self._note_corrupt(i, error)
         else:
             if not source:
                 raise ValueError("The sequence of clips is empty; give at least one.")
@@ -248,7 +271,29 @@ class ClipSource:
 
     def stored(self, index: int) -> Element:
         """An element whose frames may still be in 8 bits, straight RGBA."""
-        return {**self._decoded(index), **self.further[index]}
+        for i in (*range(index, len(self)), *range(index)):
+            if i in self.corrupt:
+                continue
+            try:
+                return {**self._decoded(i), **self.further[i]}
+            except _UNREADABLE as error:
+                self._note_corrupt(i, error)
+        raise AssertionError("the last readable clip cannot have been counted out")
+
+    def _note_corrupt(self, index: int, error: Exception) -> None:
+        count = len(self.corrupt) + 1
+        if not self._max_corrupt:
+            raise error
+        if count > self._max_corrupt * len(self):
+            raise ValueError(
+                f"{count} of {len(self)} clips cannot be read, more than a share of"
+                f" max_corrupt={self._max_corrupt}; the last one: {error}"
+            ) from error
+        self.corrupt[index] = str(error)
+        _LOGGER.warning(
+            "Clip %d is left out, the %d. of %d that cannot be read: %s",
+            *(index, count, len(self), error),
+        )
 
     def _decoded(self, index: int) -> Element:
         if index in self._cache:

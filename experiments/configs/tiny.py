@@ -34,6 +34,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
             path="",  # a folder of clip folders; empty: the clips shipped with the package
             validation="",  # likewise, not trained on; empty: the split "val" of a data set
             size=64,
+            max_corrupt=0.01,  # share of the clips that may be unreadable; they are left out
             static_probability=0.3,  # the same network at m = 0 is the 3D-aware network
         )
     )
