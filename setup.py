@@ -28,6 +28,8 @@ def native_extensions() -> list[Extension]:
 # Shift-tolerant LPIPS: the weights are read from the package, nothing of it runs.
 PERCEPTUAL = ["stlpips_pytorch>=0.0.2", "safetensors>=0.4"]
 VIEWER = ["viser>=1.1"]
+# Metrics of training beside metrics.jsonl.
+METRICS = ["tensorboardX>=2.6", "wandb>=0.17"]
 # Prompts of words: CLIP's byte pair encoding. The vocabulary is a file of its own.
 TEXT = ["tokenizers>=0.20", "ftfy>=6.1"]
 # To write weights as torch's own files; they are read without it.
@@ -35,6 +37,7 @@ CONVERT = ["torch>=2.2"]
 TEST = [
     *PERCEPTUAL,
     *VIEWER,
+    "tensorboardX>=2.6",
     *TEXT,
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -94,6 +97,7 @@ setup(
         "formats": FORMATS,
         "perceptual": PERCEPTUAL,
         "viewer": VIEWER,
+        "metrics": METRICS,
         "text": TEXT,
         "convert": CONVERT,
         "test": TEST,

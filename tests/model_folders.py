@@ -40,13 +40,14 @@ def randomised(init, seed):
 
 def network_params(variant, fields):
     model = SpatioTemporalUNet(**VARIANTS[variant] | fields)
+    x = jnp.zeros((1, FRAMES, 2, 2, 4))
     conditioning = Conditioning(
         image=jnp.zeros((1, 2, 2, 4)),
         image_embedding=jnp.zeros((1, 64)),
         context=jnp.zeros((1, 77, 64)),
         camera=jnp.zeros((1, FRAMES, 4, 4)),
+        static=x if model.static_channels else None,
     )
-    x = jnp.zeros((1, FRAMES, 2, 2, 4))
     arguments = (jax.random.key(0), x, jnp.zeros(1, int), conditioning)
     return randomised(lambda: model.init(*arguments)["params"], 0)
 

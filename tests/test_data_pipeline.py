@@ -362,6 +362,13 @@ def test_a_corrupt_clip_is_named_and_replaced_and_the_others_stay_in_order(eight
     assert after == ["6" if caption == "5" else caption for caption in before]
 
 
+def test_a_source_ends_also_when_clips_are_left_out(eight):
+    (eight / "7" / "multi_frame2.png").write_bytes(b"damaged")
+    source = pipeline.ClipSource(eight, max_corrupt=0.2)
+    assert [str(clip["caption"]) for clip in source] == [*map(str, range(7)), "0"]
+    assert str(source[-2]["caption"]) == "6"
+
+
 def test_too_many_corrupt_clips_end_the_run(eight):
     for name in ("5", "6"):
         (eight / name / "multi_frame2.png").write_bytes(b"damaged")

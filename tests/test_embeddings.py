@@ -4,8 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_unet import SMALL, example
 
-from d4d_jax.models.embeddings import EmbeddingMLP, MotionEmbedding, sinusoidal
+from d4d_jax.models.embeddings import (
+    EmbeddingMLP,
+    FourierMotionEmbedding,
+    MotionEmbedding,
+    sinusoidal,
+)
+from d4d_jax.models.unet import SpatioTemporalUNet
 
 
 def test_cosines_come_first_and_frequencies_fall_to_one_over_the_period():
@@ -30,8 +37,9 @@ def test_zero_initialised_mlp_answers_zero_and_the_plain_one_does_not():
 
 
 @pytest.mark.parametrize("null", ["learnt", "zero"])
-def test_dropped_motion_is_the_null_embedding(null):
-    module, motion = MotionEmbedding(4, null=null), jnp.array([3.0, 12.0])
+@pytest.mark.parametrize("make", [MotionEmbedding, FourierMotionEmbedding])
+def test_dropped_motion_is_the_null_embedding(make, null):
+    module, motion = make(4, null=null), jnp.array([3.0, 12.0])
     variables = module.init(jax.random.key(0), motion)
     params = jax.tree.map(lambda leaf: leaf + 0.5, variables["params"])
     assert ("null" in params) == (null == "learnt")
@@ -45,3 +53,24 @@ def test_dropped_motion_is_the_null_embedding(null):
 def test_unknown_null_is_refused():
     with pytest.raises(ValueError, match="'learnt' or 'zero', not 'mean'"):
         MotionEmbedding(4, null="mean").init(jax.random.key(0), jnp.ones((1,)))
+
+
+def test_fourier_features_have_the_documented_waves():
+    module = FourierMotionEmbedding(4, waves=2)
+    found = module.features(jnp.array([0.0, 1.0, 8.0]))
+    quarter = np.sqrt(0.5)
+    expected = [[1, 1, 0, 0, 0], [quarter, 0, quarter, 1, 1], [1, 1, 0, 0, 8]]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_embedder_of_a_network_is_chosen_by_name():
+    inputs = example(SMALL)
+    sizes = {}
+    for name in ("mlp", "fourier"):
+        model = SpatioTemporalUNet(**SMALL, motion_embedder=name)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+        sizes[name] = shapes["motion_embedding"]["mlp"]["linear_1"]["kernel"].shape
+    assert sizes == {"mlp": (1, 32), "fourier": (17, 32)}
+    with pytest.raises(ValueError, match="Unknown motion_embedding 'wave'"):
+        model = SpatioTemporalUNet(**SMALL, motion_embedder="wave")
+        jax.eval_shape(model.init, jax.random.key(0), *inputs)

@@ -271,6 +271,9 @@ class ClipSource:
 
     def stored(self, index: int) -> Element:
         """An element whose frames may still be in 8 bits, straight RGBA."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self!r} has no clip {index}.")
+        index %= len(self)
         for i in (*range(index, len(self)), *range(index)):
             if i in self.corrupt:
                 continue

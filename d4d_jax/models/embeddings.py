@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
 from d4d_jax.models.layers import Dense, fan_in_uniform, zeros
+from d4d_jax.registry import register
 from d4d_jax.typing import AnyArray
 
 
@@ -35,8 +36,11 @@ class EmbeddingMLP(nn.Module):
         return Dense(self.width, True, kernel_init, self.dtype, name="linear_2")(x)
 
 
+@register("motion_embedding", "mlp")
 class MotionEmbedding(nn.Module):
-    """Embeds the motion magnitude of a clip (Eq. 1, the x100 scale), 0 before training.
+    """Embeds the motion magnitude of a clip by a two-layer MLP on the number; 0 before training.
+
+    Subclasses say by `features` what the MLP sees instead.
 
     Attributes:
         null: what stands for a dropped magnitude: a "learnt" vector (0 at the start) or "zero".
@@ -55,10 +59,31 @@ class MotionEmbedding(nn.Module):
         if self.null not in ("learnt", "zero"):
             raise ValueError(f"The null motion embedding is 'learnt' or 'zero', not {self.null!r}.")
         mlp = EmbeddingMLP(self.width, zero_init=True, dtype=self.dtype, name="mlp")
-        embedding = mlp(jnp.asarray(motion)[:, None] * self.input_scale)
+        embedding = mlp(self.features(jnp.asarray(motion) * self.input_scale))
         null = jnp.zeros((self.width,), self.dtype)
         if self.null == "learnt":
             null = self.param("null", zeros, (self.width,), jnp.float32).astype(self.dtype)
         if drop is None:
             return embedding
         return jnp.where(drop[:, None], null, embedding)
+
+    def features(self, motion: Float[Array, "b"]) -> Float[Array, "b f"]:
+        """What the MLP sees of the scaled magnitudes: themselves."""
+        return motion[:, None]
+
+
+@register("motion_embedding", "fourier")
+class FourierMotionEmbedding(MotionEmbedding):
+    """The same on Fourier features: small differences of the magnitude are told apart sooner.
+
+    Attributes:
+        waves: number of frequencies, each twice the one before; the longest wave is 8 times the
+            range in which scaled magnitudes are of order one.
+    """
+
+    waves: int = 8
+
+    def features(self, motion: Float[Array, "b"]) -> Float[Array, "b f"]:
+        """Cosines, then sines, then the scaled magnitudes themselves."""
+        angles = motion[:, None] * (2 * jnp.pi / 8) * 2.0 ** jnp.arange(self.waves)
+        return jnp.concatenate([jnp.cos(angles), jnp.sin(angles), motion[:, None]], axis=-1)

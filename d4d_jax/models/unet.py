@@ -12,11 +12,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from d4d_jax.models.conditioning import Conditioning
-from d4d_jax.models.embeddings import EmbeddingMLP, MotionEmbedding, sinusoidal
+from d4d_jax.models.embeddings import EmbeddingMLP, sinusoidal
 from d4d_jax.models.image_conditioning import ImageConcat, ImageEmbedding, ImageTokens
 from d4d_jax.models.layers import GroupNorm, convolution, zeros
 from d4d_jax.models.level import REMATS, Blocks, Level
-from d4d_jax.registry import register
+from d4d_jax.registry import lookup, register
 from d4d_jax.typing import AnyArray
 
 IMAGE_CONCATS = ("none", "first", "encoded", "all")
@@ -55,6 +55,8 @@ class SpatioTemporalUNet(nn.Module):
             0 (`static_in`), so that the weights of a network without them fit.
         camera_embedding: whether to embed the camera of every frame.
         motion_embedding: whether to embed the motion magnitude of the clip.
+        motion_embedder: name in the family "motion_embedding", or "package.module:Class".
+        motion_input_scale: factor on the magnitude before it is embedded; 0.1 suits the x100 scale.
         motion_null: embedding of a dropped motion magnitude, "learnt" or "zero".
         fps: frames per second to embed, as I2VGen-XL does; None leaves it out.
         dropout: rate in the residual blocks and the temporal convolutions.
@@ -86,6 +88,8 @@ class SpatioTemporalUNet(nn.Module):
     static_channels: int = 0
     camera_embedding: bool = True
     motion_embedding: bool = True
+    motion_embedder: str = "mlp"
+    motion_input_scale: float = 0.1
     motion_null: str = "learnt"
     fps: float | None = None
     dropout: float = 0.1
@@ -185,8 +189,9 @@ class SpatioTemporalUNet(nn.Module):
             motion, drop = conditioning.motion, conditioning.drop_motion
             if motion is None:
                 motion, drop = jnp.zeros((b,)), jnp.ones((b,), bool)
-            motion_mlp = MotionEmbedding(**size, null=self.motion_null, name="motion_embedding")
-            clip += motion_mlp(motion, drop)
+            make = lookup("motion_embedding", self.motion_embedder)
+            options = {"null": self.motion_null, "input_scale": self.motion_input_scale}
+            clip += make(**size, **options, name="motion_embedding")(motion, drop)
         embedding = jnp.broadcast_to(clip[:, None], (b, t, clip.shape[-1]))
         if self.camera_embedding:
             poses = jnp.asarray(conditioning.camera).reshape(b, t, 16)
