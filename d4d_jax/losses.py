@@ -72,9 +72,24 @@ def motion_reconstruction_loss(
             the square of the implied clip's error grows as 1 / snr, and the loss as its square, so
             that unweighted high-noise samples drown the others; 2 evens that out.
     """
+    m_hat, m = motion_magnitudes(schedule, prediction, x0, noise, timestep, static)
+    if snr_power == 0.0:
+        return jnp.square(m_hat - m)
+    return jnp.square(m_hat - m) * jnp.minimum(schedule.snr(timestep), 1.0) ** snr_power
+
+
+def motion_magnitudes(
+    schedule: NoiseSchedule,
+    prediction: Float[Array, "b t h w c"],
+    x0: Float[Array, "b t h w c"],
+    noise: Float[Array, "b t h w c"],
+    timestep: Int[Array, "b"],
+    static: Float[Array, "b t h w c"],
+) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    """The two sides of Eq. 2: m-hat of the clip that the prediction implies, and m of the true one.
+
+    Both are latent magnitudes against the latents `static` of the frozen object.
+    """
     x_t = schedule.add_noise(x0, noise, timestep)
     implied = schedule.to_x0(prediction, x_t, timestep)
-    error = latent_motion_magnitude(implied, static) - latent_motion_magnitude(x0, static)
-    if snr_power == 0.0:
-        return jnp.square(error)
-    return jnp.square(error) * jnp.minimum(schedule.snr(timestep), 1.0) ** snr_power
+    return latent_motion_magnitude(implied, static), latent_motion_magnitude(x0, static)

@@ -79,7 +79,10 @@ class DiffusionObjective:
     def __call__(
         self, params: PyTree, frozen: PyTree, batch: PyTree, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """The loss of a training batch, and its parts "denoising" and "motion"; means over it.
+        """The loss of a training batch, and what it is made of; all are means over the batch.
+
+        The parts are "denoising" (L_ldm) and "motion" (L_mr); "m" and "m_hat" are the latent motion
+        magnitudes that L_mr compares, of the true clips and of those that the network implies.
 
         Args:
             params: of the network.
@@ -93,10 +96,8 @@ class DiffusionObjective:
         timestep = draw_timesteps(time_keys, self.schedule.num_steps, self.timestep_shift)
         noise = draw_noise(noise_keys, latents.shape[1:], self.noise_offset)
         told = self._drop(self.conditioning(batch, latents, static), drop_keys)
-        denoising, motion = self._losses(
-            params, latents, static, noise, timestep, told, dropout_key=key
-        )
-        terms = {"denoising": denoising.mean(), "motion": motion.mean()}
+        parts = self._losses(params, latents, static, noise, timestep, told, dropout_key=key)
+        terms = {name: values.mean() for name, values in parts.items()}
         if not self.omega:
             return terms["denoising"], terms
         return terms["denoising"] + self.omega * terms["motion"], terms
@@ -104,7 +105,7 @@ class DiffusionObjective:
     def evaluate(
         self, params: PyTree, frozen: PyTree, batch: PyTree, timestep: Int[Array, "b"]
     ) -> dict[str, Float[Array, "b"]]:
-        """The parts of every clip's loss at given timesteps, with all conditions and no dropout.
+        """The same parts for every clip, at given timesteps, with all conditions and no dropout.
 
         Args:
             batch: see the class; the noise comes from its `key`.
@@ -114,8 +115,7 @@ class DiffusionObjective:
         noise = draw_noise(keys[:, 0], latents.shape[1:], 0.0)
         told = self.conditioning(batch, latents, static)
         plain = dataclasses.replace(self, min_snr_gamma=0.0, snr_power=0.0)
-        denoising, motion = plain._losses(params, latents, static, noise, timestep, told)
-        return {"denoising": denoising, "motion": motion}
+        return plain._losses(params, latents, static, noise, timestep, told)
 
     def latents(
         self, frozen: PyTree, batch: PyTree
@@ -164,19 +164,24 @@ class DiffusionObjective:
         timestep: Array,
         told: Conditioning,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+    ) -> dict[str, Float[Array, "b"]]:
         options: dict[str, Any] = {}
         if dropout_key is not None:
             options = {"train": True, "rngs": {"dropout": dropout_key}}
         x_t = self.schedule.add_noise(latents, noise, timestep)
         prediction = self.network.apply({"params": params}, x_t, timestep, told, **options)
         clips = (prediction, latents, noise, timestep)
-        return (
-            losses.denoising_loss(self.schedule, *clips, min_snr_gamma=self.min_snr_gamma or None),
-            losses.motion_reconstruction_loss(
+        m_hat, m = losses.motion_magnitudes(self.schedule, *clips, static)
+        return {
+            "denoising": losses.denoising_loss(
+                self.schedule, *clips, min_snr_gamma=self.min_snr_gamma or None
+            ),
+            "motion": losses.motion_reconstruction_loss(
                 self.schedule, *clips, static, snr_power=self.snr_power
             ),
-        )
+            "m": m,
+            "m_hat": m_hat,
+        }
 
 
 def clip_keys(batch: PyTree, key: Key[Array, ""] | None) -> Key[Array, "b"]:

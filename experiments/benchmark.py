@@ -18,6 +18,10 @@ time the networks of the diffusion half beside diffusers, and tell what their pr
     python -m experiments.benchmark --suite=data --clips=CLIPS --json=data.json
 
 tells how many clips a second the training pipeline reads, by how they are stored.
+
+    python -m experiments.benchmark --suite=training --json=training.json
+
+tells what the training loop costs beside its steps: data, metrics, a checkpoint.
 """
 
 import itertools
@@ -32,6 +36,7 @@ from absl import flags, logging
 
 import d4d_jax
 from d4d_jax.clips import read_clip
+from d4d_jax.data.pipeline import ClipSource
 from d4d_jax.models.level import REMATS
 from d4d_jax.models.variants import VARIANTS, expand
 from experiments import cli
@@ -43,8 +48,10 @@ from experiments.benchmarks import (
     rasterizer,
     reconstruction,
     scenes,
+    training,
 )
 from experiments.benchmarks.denoisers import PASSES, Shape
+from experiments.configs import tiny
 from gaussians.rasterize import available
 
 #: Leaves device memory to the processes that measure it; lets threads that wait sleep, since they
@@ -180,6 +187,20 @@ def run_data(options: flags.FlagValues) -> tuple[list[loading.Row], str]:
     return rows, f"{about}; x: times faster than {loading.BASELINE}.\n\n{loading.table(rows)}"
 
 
+def run_training(options: flags.FlagValues) -> tuple[list[training.Row], str]:
+    """The rows of the training suite, and their table with the machine."""
+    config = json.loads(tiny.get_config(options.train_config).to_json())
+    path, steps = (options.clips or [str(_CLIP.parent)])[0], options.steps
+    config |= {"checkpoint_every": steps or config["checkpoint_every"]}
+    source = ClipSource(path, size=config["data"]["size"])
+    rows = training.run(config, source, repeats=options.repeats)
+    about = f"{measure.machine()}; `tiny.py` on {rows[0]['clips']} clips"
+    return (
+        rows,
+        f"{about}, a line of metrics every {rows[0]['log_every']} steps.\n\n{training.table(rows)}",
+    )
+
+
 def _shapes(options: flags.FlagValues, latents: Sequence[int]) -> list[Shape]:
     sizes = (options.frames or _FRAMES, options.latents or latents)
     return [Shape(int(t), int(n)) for t, n in itertools.product(*sizes)]
@@ -217,6 +238,7 @@ SUITES = {
     ),
     "memory": Suite(run_memory, ("variants", "frames", "latents", "dtypes", "passes", "remats")),
     "data": Suite(run_data, ("clips", "threads", "repeats", "seconds")),
+    "training": Suite(run_training, ("clips", "train_config", "steps", "repeats")),
 }
 
 if __name__ == "__main__":
@@ -248,6 +270,10 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("clip", str(_CLIP), "Folder of the clip, resized to the image sizes.")
     flags.DEFINE_multi_string("clips", None, "Folder of clips to load; default: the shipped ones.")
+    flags.DEFINE_string("train_config", "", "Argument of experiments/configs/tiny.py.")
+    flags.DEFINE_integer(
+        "steps", None, "Steps to a checkpoint; default: the configuration's.", lower_bound=1
+    )
     flags.DEFINE_integer("threads", 2, "That decode clips.", lower_bound=1)
     flags.DEFINE_integer(
         "repeats", 25, "Most rounds of turns that are timed together.", lower_bound=1

@@ -207,7 +207,7 @@ def test_a_static_asset_is_learnt_by_new_weights_and_stays_in_the_result(root, m
     strong = {**moved_asset.params, "static_in": {"kernel": 1e6 * new}}
     model = dataclasses.replace(moved_asset, params=strong)
     one, two = (model(image, num_steps=2, asset=asset) for asset in (clip, other))
-    assert np.abs(one.dynamic - two.dynamic).max() > 1e-3
+    assert np.abs(one.dynamic - two.dynamic).max() > 1e-4  # the same asset gives 0
     np.testing.assert_allclose(one.static, clip.static, atol=1e-6)
     np.testing.assert_allclose(one.static_alpha, clip.static_alpha, atol=1e-6)
 
