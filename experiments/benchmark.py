@@ -149,8 +149,9 @@ def run_networks(options: flags.FlagValues) -> tuple[list[networks.Row], str]:
     rounds = {"repeats": options.repeats, "seconds": options.seconds}
     full = {name: expand({"variant": name}) for name in options.variants or [_PAPER]}
     rows: list[networks.Row] = []
-    if "reduced" in parts:
-        rows += networks.reduced(names, shapes, **rounds)
+    for part in ("reduced", "training"):
+        if part in parts:
+            rows += networks.reduced(names, shapes, part=part, **rounds)
     for name, fields in full.items():
         if "compilation" in parts:
             rows += networks.compilation(name, fields, shapes[0], half=True)

@@ -18,9 +18,9 @@ from experiments.benchmarks.denoisers import NAMES, REDUCED, Candidate, Shape
 from experiments.benchmarks.measure import Spread
 from experiments.benchmarks.tables import markdown, number
 
-#: What the suite can do: time the reduced network; compile a full one on the CPU, without and with
-#: a persistent cache; time a full one on a GPU.
-PARTS = ("reduced", "compilation", "full")
+#: What the suite can do: time the reduced network; its training step; compile a full one on the
+#: CPU, without and with a persistent cache; time a full one on a GPU.
+PARTS = ("reduced", "training", "compilation", "full")
 
 #: What ratios are to.
 BASELINE = "diffusers"
@@ -127,15 +127,21 @@ def reduced(
     names: Sequence[str],
     shapes: Sequence[Shape],
     *,
+    part: str = "reduced",
     fields: Mapping[str, Any] = REDUCED,
     repeats: int,
     seconds: float,
 ) -> list[Row]:
-    """The rows of `compare` for the reduced network in float32, with `part` "reduced"."""
+    """The rows of `compare` for the reduced network in float32, with that `part`.
+
+    Args:
+        part: "reduced": the network and its gradient; "training": an update with AdamW.
+    """
+    passes = {"reduced": ("forward", "forward_backward"), "training": ("step",)}[part]
     rows = []
     for shape in shapes:
-        rows += compare(names, fields, shape, repeats=repeats, seconds=seconds)
-    return [{"part": "reduced", **row} for row in rows]
+        rows += compare(names, fields, shape, passes, repeats=repeats, seconds=seconds)
+    return [{"part": part, **row} for row in rows]
 
 
 def full(
@@ -233,7 +239,7 @@ def compile_once(
 def tables(rows: Sequence[Row]) -> str:
     """Markdown tables of the parts that the rows have."""
     texts = []
-    for part, make in (("reduced", _timed), ("full", _timed), ("compilation", _compiled)):
+    for part, make in zip(PARTS, (_timed, _timed, _compiled, _timed), strict=True):
         own = [row for row in rows if row["part"] == part]
         if own:
             texts.append(make(own))

@@ -1,4 +1,4 @@
-"""The training suite: what the loop costs beside its steps, and a step beside torch's."""
+"""The training suite: what the loop costs beside its steps."""
 
 import functools
 import tempfile
