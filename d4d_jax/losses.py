@@ -92,4 +92,5 @@ def motion_magnitudes(
     """
     x_t = schedule.add_noise(x0, noise, timestep)
     implied = schedule.to_x0(prediction, x_t, timestep)
-    return latent_motion_magnitude(implied, static), latent_motion_magnitude(x0, static)
+    m_hat, m = (latent_motion_magnitude(clip, static) for clip in (implied, x0))
+    return jnp.asarray(m_hat), jnp.asarray(m)

@@ -4,9 +4,9 @@ Network, codec and schedule are sub-configurations with a `name`, looked up in `
 (or imported, when written "package.module:Attr"); their other keys are constructor arguments.
 """
 
-import dataclasses
-import pathlib
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -18,27 +18,28 @@ from absl import logging
 from jax import Array
 from jax.sharding import Mesh
 
-import d4d_jax
-from d4d_jax import media, registry
+from d4d_jax import conversion, media, registry
 from d4d_jax.data import records
-from d4d_jax.data.pipeline import ClipSource, make_dataset
+from d4d_jax.data.pipeline import ClipSource
 from d4d_jax.models import autoencoder_kl, unet, vae, variants  # noqa: F401 (they register names)
 from d4d_jax.motion import MotionCondition
-from d4d_jax.objective import TOLD, DiffusionObjective
-from d4d_jax.pipeline import OrbitPipeline
+from d4d_jax.objective import DiffusionObjective
+from d4d_jax.pipeline import OrbitPipeline, load_prompt_params
 from d4d_jax.schedules import NoiseSchedule
 from d4d_jax.train import lora, sharding
+from d4d_jax.train.checkpoint import Checkpointer
 from d4d_jax.train.optimizer import learning_rate, make_optimizer
 from d4d_jax.train.state import TrainState, create_state
 from d4d_jax.train.step import LossFn, Metrics
 from d4d_jax.train.validation import Validation
 from d4d_jax.typing import Codec, PyTree
+from experiments import inputs
+from experiments.inputs import Config
 
 Told = Callable[[ClipSource], ClipSource]
-Config = Mapping[str, Any]  # an ml_collections.ConfigDict, or the plain dict saved from one
 
-#: The clips that are shipped with the package.
-EMBEDDED_CLIPS = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips"
+#: Parameters of the codec, beside the latents that it made.
+CODEC_FILE = "codec.safetensors"
 
 #: What `build_sampler` shows: the number of clips, and the sampling steps of each.
 SAMPLED_CLIPS, SAMPLING_STEPS = 2, 20
@@ -74,19 +75,9 @@ def build_network(config: Config, channels: int) -> Any:
 
 def latent_channels(codec: Codec, codec_params: PyTree, batch: PyTree) -> int:
     """Returns the number of channels of the latents of a batch; nothing is computed."""
+    if records.LATENTS[0] in batch:
+        return batch[records.LATENTS[0]].shape[-1]
     return jax.eval_shape(codec.encode, codec_params, batch["dynamic"]).shape[-1]
-
-
-def build_source(config: Config) -> ClipSource:
-    """Returns the clips of `data.path`, or the shipped ones when that is empty.
-
-    Raises:
-        FileNotFoundError, ValueError: the named folder or file holds no usable clips.
-    """
-    data = config["data"]
-    return ClipSource(
-        data["path"] or EMBEDDED_CLIPS, size=data["size"], max_corrupt=data["max_corrupt"]
-    )
 
 
 def load_base(config: Config) -> OrbitPipeline | None:
@@ -107,53 +98,25 @@ def load_base(config: Config) -> OrbitPipeline | None:
     return base
 
 
-def describe_prompt(base: OrbitPipeline) -> dict[str, Any]:
-    """Returns the prompt encoder of the base as a sub-configuration."""
-    kind = type(base.prompt)
-    known = (name for name in registry.names("prompt") if registry.lookup("prompt", name) is kind)
-    name = next(known, f"{kind.__module__}:{kind.__qualname__}")
-    return {"name": name, **dataclasses.asdict(base.prompt)}
-
-
-def tell(source: ClipSource, base: OrbitPipeline) -> ClipSource:
-    """Returns the clips with what the prompt encoder of the base says of their prompts.
-
-    A prompt is the caption, or the first frame. Every one is encoded once, here.
+def load_pipeline(path: str) -> OrbitPipeline:
+    """The pipeline of a model file or folder, or of a training run's newest checkpoint.
 
     Raises:
-        ValueError: captions are asked for and a clip has none.
+        FileNotFoundError: there is neither.
+        ValueError: it cannot be read.
     """
-    by_caption = base.prompt.reads == "text"
-
-    def told(record: PyTree, index: int) -> PyTree:
-        prompt = str(record["caption"]) if by_caption else straight((record["dynamic"][0] + 1) / 2)
-        if by_caption and not prompt:
-            raise ValueError(f"Clip {index} has no caption, which this model is prompted by.")
-        conditioning = base.prompt.encode(
-            base.prompt_params, prompt, size=base.size, to_latents=lambda image: image
-        )
-        values = {name: getattr(conditioning, name) for name in TOLD}
-        return {name: np.asarray(value[0]) for name, value in values.items() if value is not None}
-
-    return source.extended([told(source[i], i) for i in range(len(source))])
-
-
-def build_dataset(config: Config, source: ClipSource) -> grain.IterDataset:
-    """Returns the endless dataset of batches of the clips, without the captions.
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
-    dataset = make_dataset(
-        source,
-        batch_size=config["batch_size"] // jax.process_count(),
-        seed=config["seed"],
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
-        static_probability=config["data"]["static_probability"],
-        keys=True,
-    )
-    return dataset.map(_without_caption)
+    folder = Path(path) / "checkpoints"
+    if not folder.is_dir():
+        return OrbitPipeline.load(path)
+    checkpointer = Checkpointer(folder)
+    try:
+        params, frozen = checkpointer.restore_model()
+        config = checkpointer.restore_config()
+        prompt_params = load_prompt_params(config.get("init_from") or folder)
+        params = whole_params(config, params, frozen)
+        return OrbitPipeline.from_parts(params, frozen["codec"], config, prompt_params)
+    finally:
+        checkpointer.close()
 
 
 def build_loss(config: Config, objective: DiffusionObjective) -> LossFn:
@@ -182,15 +145,15 @@ def build_validation(config: Config, objective: DiffusionObjective, told: Told) 
         FileNotFoundError, ValueError: there are none, or they cannot be used.
     """
     data = config["data"]
-    source: Any = data["validation"]
-    if not source:
+    split = "train"
+    if not data["validation"]:
+        split = "val"
         if not (data["path"] and records.is_dataset(data["path"])):
             raise ValueError(
                 "validate_every needs clips that are not trained on: set --config.data.validation,"
                 " or --config.data.path to a data set with a split 'val'."
             )
-        source = records.Records(data["path"], "val")
-    source = told(ClipSource(source, size=data["size"], max_corrupt=data["max_corrupt"]))
+    source = told(inputs.build_clips(config, data["validation"] or data["path"], split))
 
     def evaluate(params: PyTree, frozen: PyTree, batch: PyTree, timestep: Array) -> Metrics:
         whole = whole_params(config, params, frozen)
@@ -198,18 +161,9 @@ def build_validation(config: Config, objective: DiffusionObjective, told: Told) 
 
     return Validation(
         evaluate,
-        grain.MapDataset.source(source).map(_without_caption),
+        grain.MapDataset.source(source).map(inputs.without_caption),
         num_timesteps=objective.schedule.num_steps,
     )
-
-
-def example_batch(source: ClipSource) -> PyTree:
-    """Returns a batch of the first clip alone, shaped otherwise as those of `build_dataset`."""
-    return {name: np.asarray(value)[None] for name, value in _without_caption(source[0]).items()}
-
-
-def _without_caption(batch: PyTree) -> PyTree:
-    return {name: value for name, value in batch.items() if name != "caption"}
 
 
 def build_optimizer(config: Config) -> optax.GradientTransformation:
@@ -255,12 +209,14 @@ def build_objective(
 def fit_codec(codec: Codec, source: ClipSource, base: OrbitPipeline | None = None) -> PyTree:
     """Returns the codec's parameters: the base's, or fitted to all frames of the clips.
 
-    A codec with neither `fit` nor `init` has none.
+    A codec with neither `fit` nor `init` has none. Latents come with theirs.
 
     Raises:
         ValueError: a frame cannot be decoded, or the frames do not suit the codec; or a codec that
-            cannot be fitted without a base.
+            cannot be fitted without a base; or latents of another one.
     """
+    if source.latents is not None:
+        return _codec_of_latents(codec, source.latents, base)
     if base is not None:
         return base.codec_params
     if not hasattr(codec, "fit"):
@@ -272,6 +228,27 @@ def fit_codec(codec: Codec, source: ClipSource, base: OrbitPipeline | None = Non
         return {}
     frames = [source[i][view] for i in range(len(source)) for view in ("dynamic", "static")]
     return codec.fit(np.concatenate(frames))
+
+
+def _codec_of_latents(
+    codec: Codec, latents: Mapping[str, Any], base: OrbitPipeline | None
+) -> PyTree:
+    """The parameters that lie beside latents; raises ValueError where others are wanted."""
+    made_by, wanted = latents["codec"], inputs.describe("codec", codec)
+    if made_by != json.loads(json.dumps(wanted)):
+        raise ValueError(
+            f"The latents in {latents['folder']} were made by {made_by}, but the configuration"
+            f" asks for {wanted}: set --config.codec to the former, or encode the data anew."
+        )
+    params = conversion.load(Path(latents["folder"]) / CODEC_FILE)
+    if base is not None:
+        leaves = zip(jax.tree.leaves(params), jax.tree.leaves(base.codec_params), strict=True)
+        if not all(np.array_equal(one, other) for one, other in leaves):
+            raise ValueError(
+                f"The latents in {latents['folder']} were made with other weights than those of"
+                " init_from: encode the data with --checkpoint set to that model."
+            )
+    return params
 
 
 def init_state(
@@ -379,7 +356,7 @@ def build_sampler(
         for i, record in enumerate(prompts):
             truth = (record["dynamic"] + 1) / 2  # on white, then alpha
             by_caption = pipeline.prompt.reads == "text"
-            prompt = str(record["caption"]) if by_caption else straight(truth[0])
+            prompt = str(record["caption"]) if by_caption else inputs.straight(truth[0])
             clip = pipeline(prompt, motion=float(record["motion"]), num_steps=SAMPLING_STEPS)
             both = [truth[..., :3], clip.dynamic if pipeline.moves else clip.static]
             rows += both
@@ -387,10 +364,3 @@ def build_sampler(
         return {"orbits": media.contact_sheet(rows), **videos}
 
     return sample
-
-
-def straight(on_white: np.ndarray) -> np.ndarray:
-    """RGBA with straight colour, as image files have it, of colour on white and alpha."""
-    colour, alpha = on_white[..., :3], on_white[..., 3:]
-    straight = 1 - (1 - colour) / np.maximum(alpha, 1e-6)
-    return np.concatenate([np.clip(straight, 0, 1), alpha], -1)

@@ -31,7 +31,7 @@ from d4d_jax.data.pipeline import ClipSource
 from d4d_jax.models import clip as clip_models
 from d4d_jax.motion import motion_magnitude
 from d4d_jax.pipeline import OrbitPipeline
-from experiments import build, cli, sample
+from experiments import build, cli, inputs, sample
 from experiments.benchmarks.tables import markdown
 from experiments.reconstruct import load_perceptual
 
@@ -46,7 +46,7 @@ _SHOWN = 6  # prompts of the sheet
 def main() -> None:
     """Evaluates the model of the command line."""
     options = flags.FLAGS
-    pipeline = sample.load_pipeline(options.checkpoint)
+    pipeline = build.load_pipeline(options.checkpoint)
     clips = read_clips(options.data, options.splits, pipeline.size)[: options.count]
     motions = [None if word == "own" else _number(word, "--motions") for word in options.motions]
     weights = [_number(word, "--w2") for word in options.w2] if options.w2 else [None]
@@ -133,7 +133,7 @@ def evaluate(
     for number, clip in enumerate(clips):
         true = (clip["dynamic"] + 1) / 2
         by_caption = pipeline.prompt.reads == "text"
-        prompt = str(clip["caption"]) if by_caption else build.straight(true[0])
+        prompt = str(clip["caption"]) if by_caption else inputs.straight(true[0])
         strip = [true[..., :3]]
         options: dict[str, Any] = {"num_steps": num_steps, "seed": number}
         static = np.asarray(pipeline(prompt, **options, views=("static",)).static)

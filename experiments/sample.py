@@ -21,8 +21,7 @@ import d4d_jax
 from d4d_jax import clips, media
 from d4d_jax.guidance import Interval, ThreeDAware
 from d4d_jax.models.prompts import Prompt
-from d4d_jax.pipeline import EMBEDDED, OrbitPipeline, load_prompt_params
-from d4d_jax.train.checkpoint import Checkpointer
+from d4d_jax.pipeline import EMBEDDED, OrbitPipeline
 from experiments import build, cli
 
 _PROMPT = pathlib.Path(d4d_jax.__file__).parent / "assets" / "clips" / "rabbit" / "multi_frame0.png"
@@ -83,7 +82,7 @@ def main() -> None:
 def read_prompt() -> tuple[Prompt, OrbitPipeline]:
     """The prompt and the model of the command line; raises FileNotFoundError or ValueError."""
     prompt = clips.read_image(_IMAGE.value) if _TEXT.value is None else _TEXT.value
-    return prompt, load_pipeline(_CHECKPOINT.value)
+    return prompt, build.load_pipeline(_CHECKPOINT.value)
 
 
 def sample(prompt: Prompt, pipeline: OrbitPipeline) -> clips.OrbitClip:
@@ -125,7 +124,7 @@ def _guided(pipeline: OrbitPipeline) -> OrbitPipeline:
     pipeline = with_guidance(pipeline, given)
     if _STATIC_CHECKPOINT.value is None:
         return pipeline
-    static = load_pipeline(_STATIC_CHECKPOINT.value)
+    static = build.load_pipeline(_STATIC_CHECKPOINT.value)
     if (static.codec, static.size, static.schedule.prediction) != (
         pipeline.codec,
         pipeline.size,
@@ -167,27 +166,6 @@ def settings() -> dict[str, float | int | str | None]:
     chosen = (prompt, _CHECKPOINT, _MOTION, _W1, _W2, _STEPS, SEED)
     chosen += (_RESCALE, _INTERVAL, _STATIC_CHECKPOINT, _ASSET)
     return {flag.name: flag.value for flag in chosen}
-
-
-def load_pipeline(path: str) -> OrbitPipeline:
-    """The pipeline of a model file or folder, or of a training run's newest checkpoint.
-
-    Raises:
-        FileNotFoundError: there is neither.
-        ValueError: it cannot be read.
-    """
-    folder = pathlib.Path(path) / "checkpoints"
-    if not folder.is_dir():
-        return OrbitPipeline.load(path)
-    checkpointer = Checkpointer(folder)
-    try:
-        params, frozen = checkpointer.restore_model()
-        config = checkpointer.restore_config()
-        prompt_params = load_prompt_params(config.get("init_from") or folder)
-        params = build.whole_params(config, params, frozen)
-        return OrbitPipeline.from_parts(params, frozen["codec"], config, prompt_params)
-    finally:
-        checkpointer.close()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from d4d_jax.train.checkpoint import Checkpointer
 from d4d_jax.train.state import parameter_table
 from d4d_jax.train.step import make_train_step
 from d4d_jax.typing import MetricWriter
-from experiments import build, cli
+from experiments import build, cli, inputs
 
 #: The lengths and distances of `loop.LoopOptions` in a configuration.
 _LOOP = (
@@ -153,10 +153,10 @@ def _train(
 
     base = build.load_base(config)
     if base:
-        config = config | {"prompt": build.describe_prompt(base)}
+        config = config | {"prompt": inputs.describe("prompt", base.prompt)}
 
     # Data.
-    source = build.build_source(config)
+    source = inputs.build_source(config)
     config = config | {"data": config["data"] | {"num_frames": source.num_frames}}
     if saved:
         check_unchanged(saved, config, workdir)
@@ -165,16 +165,16 @@ def _train(
     )
 
     def told(clips: ClipSource) -> ClipSource:
-        return build.tell(clips, base) if base else clips
+        return inputs.tell(clips, base) if base else clips
 
     source = told(source)
-    data = iter(build.build_dataset(config, source))
+    data = iter(inputs.build_dataset(config, source))
 
     # Model.
     codec = build.build_codec(config)
     folder = workdir / "checkpoints"
     codec_params = _restore_codec(folder) if saved else build.fit_codec(codec, source, base)
-    batch = build.example_batch(source)
+    batch = inputs.example_batch(source)
     network = build.build_network(config, build.latent_channels(codec, codec_params, batch))
     objective = build.build_objective(config, network, codec, schedule)
     state = build.init_state(config, objective, codec_params, batch, mesh, base)
@@ -186,7 +186,9 @@ def _train(
         rate=build.build_rate(config),
         out_shardings=sharding.shardings(state, mesh, sharding.STATE_RULES),
     )
-    on_sample = build.build_sampler(config, source, base) if options.sample_every else None
+    on_sample = None
+    if options.sample_every:
+        on_sample = build.build_sampler(config, inputs.build_source(config, frames=True), base)
     on_validate = None
     if options.validate_every:
         on_validate = build.build_validation(config, objective, told)

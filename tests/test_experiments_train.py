@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from d4d_jax import clips
 from d4d_jax.data import records, synthetic
 from d4d_jax.models import bundle
-from experiments import build, cli, sample, train
+from experiments import build, cli, train
 from experiments.configs import tiny
 
 
@@ -125,8 +125,8 @@ def test_samples_stand_below_the_clips_that_they_animate(finished):
 
 def test_exported_model_and_run_are_the_same_pipeline(finished):
     root, _ = finished
-    exported = sample.load_pipeline(str(root / "model.npz"))
-    trained = sample.load_pipeline(str(root / "run"))
+    exported = build.load_pipeline(str(root / "model.npz"))
+    trained = build.load_pipeline(str(root / "run"))
     assert exported.network == trained.network and exported.size == trained.size == 16
     assert exported.num_frames == trained.num_frames == 4
     for a, b in zip(jax.tree.leaves(exported.params), jax.tree.leaves(trained.params), strict=True):
@@ -270,9 +270,9 @@ def test_verbosity_1_shows_where_a_mistake_happened():
 def test_mistakes_of_sampling_are_named(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        sample.load_pipeline(str(tmp_path))
+        build.load_pipeline(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="not the workdir of a training run"):
-        sample.load_pipeline(str(tmp_path / "checkpoints"))
+        build.load_pipeline(str(tmp_path / "checkpoints"))
 
 
 def test_configuration_names_build_objects():

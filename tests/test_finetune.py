@@ -14,7 +14,7 @@ from d4d_jax import clips, conversion
 from d4d_jax.data import synthetic
 from d4d_jax.data.pipeline import ClipSource
 from d4d_jax.pipeline import OrbitPipeline
-from experiments import build, sample, train
+from experiments import build, inputs, train
 from experiments.configs import finetune, paper, paper_image, paper_static3d, paper_text
 
 NETWORK = model_folders.NETWORK | {"multipliers": (1,), "temporal_conv": False}
@@ -85,7 +85,7 @@ def test_a_run_starts_with_the_weights_and_the_prompts_of_the_model(
         prompt = str(shown["caption"])
         assert "image_embedding" not in batch
     else:
-        prompt = build.straight((shown["dynamic"][0] + 1) / 2)
+        prompt = inputs.straight((shown["dynamic"][0] + 1) / 2)
     told = base.prompt.encode(towers(), prompt, size=SIZE, to_latents=lambda image: image)
     if told.image_embedding is not None:
         np.testing.assert_allclose(batch["image_embedding"], told.image_embedding, atol=1e-5)
@@ -112,7 +112,7 @@ def test_training_moves_the_weights_a_little_and_the_text_matters(root, tuned, p
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_run_and_its_export_are_the_same_model(root, tuned, preset):
-    run = sample.load_pipeline(str(tuned[preset]))
+    run = build.load_pipeline(str(tuned[preset]))
     exported = OrbitPipeline.load(root / f"tuned_{preset}")
     image = clips.read_clip(root / "clips" / "0", size=(SIZE, SIZE)).dynamic[0]
     prompt = "a fox" if preset.endswith("t2v") else image
@@ -247,7 +247,7 @@ def test_adapters_are_trained_alone_and_merged_into_the_export(root, tmp_path):
     moved = jax.tree.map(lambda a, b: float(np.abs(b - a).max()), before, after)
     assert max(jax.tree.leaves(moved)) > 0
     run, merged = (
-        sample.load_pipeline(str(tmp_path / "run_lora")),
+        build.load_pipeline(str(tmp_path / "run_lora")),
         OrbitPipeline.load(tmp_path / "merged"),
     )
     jax.tree.map(np.testing.assert_array_equal, run.params, merged.params)

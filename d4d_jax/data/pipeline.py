@@ -54,7 +54,8 @@ def make_dataset(
     """An endless dataset of batches. `iter()` of it has `get_state()` and `set_state()`.
 
     A batch is a dict: `dynamic` and `static` (b, t, h, w, 4) in [-1, 1], `camera` (b, t, 4, 4),
-    `motion` (b,), all float32, and `caption` (b,), strings. See `element` for their meaning.
+    `motion` (b,), all float32, and `caption` (b,), strings. See `element` for their meaning. Of a
+    source of latents, `dynamic_latents` and `static_latents` (b, t, h, w, c) stand for the frames.
 
     Args:
         source: a folder whose subfolders are clips, the folder of a data set (its split "train"),
@@ -96,6 +97,8 @@ def make_dataset(
     else:
         clip_source = ClipSource(source, size=size, cache_bytes=cache_bytes)
 
+    if background != clips.WHITE and clip_source.latents is not None:
+        raise ValueError(f"Latents are those of frames on white, not on background={background!r}.")
     if random_start and any(clip_source.further):
         raise ValueError(
             "random_start would leave the entries of `extended` at the old first view."
@@ -183,7 +186,8 @@ def roll(sample: Element, views: int) -> Element:
         order = (np.arange(count) + views) % (count - 1)
     else:
         order = (np.arange(count) + views) % count
-    return {**sample, **{name: sample[name][order] for name in ("dynamic", "static", "camera")}}
+    names = {"dynamic", "static", *records.LATENTS, "camera"} & sample.keys()
+    return {**sample, **{name: sample[name][order] for name in names}}
 
 
 class ClipSource:
@@ -195,6 +199,8 @@ class ClipSource:
     Attributes:
         num_frames: the number t of frames, the same for all clips.
         corrupt: why clips were left out, by their index.
+        latents: what the data set says of its latents when these are read instead of frames, which
+            takes an open one, `Records(path, split, views=records.LATENTS)`; else None.
     """
 
     def __init__(
@@ -224,6 +230,11 @@ class ClipSource:
         self.corrupt: dict[int, str] = {}
         if isinstance(source, (str, os.PathLike)) and records.is_dataset(source):
             source = records.Records(source)
+        self.latents = source.latents if isinstance(source, records.Records) else None
+        if self.latents is not None and size not in (None, self.latents["size"]):
+            raise ValueError(
+                f"The latents are those of frames of {self.latents['size']} pixels, not of {size}."
+            )
         self._clips: Sequence[Path | clips.OrbitClip | records.Record]
         if isinstance(source, records.Records):
             self._clips = source
@@ -344,6 +355,15 @@ def find_clips(folder: str | os.PathLike) -> list[Path]:
 
 def _stored_element(record: records.Record, size: int | None) -> Element:
     """The element of a record, its frames still in 8 bits unless they are resized."""
+    if records.LATENTS[0] in record:
+        unused = {*records.VIEWS, "intrinsics"}
+        arrays = {
+            name: value
+            for name, value in record.items()
+            if isinstance(value, np.ndarray) and name not in unused
+        }
+        caption = np.asarray(record["caption"])
+        return {**arrays, "motion": np.float32(record["motion"]), "caption": caption}
     for view in ("dynamic", "static"):
         if view not in record:
             raise ValueError(f"A clip for training needs its {view} frames.")
@@ -397,7 +417,8 @@ def _finish(batch: Element) -> Element:
 
 def _to_model_space(sample: Element) -> Element:
     """A stored element, or a batch of them, with frames of 8 bits in model space."""
-    stored = [view for view in ("dynamic", "static") if sample[view].dtype == np.uint8]
+    views = {"dynamic", "static"} & sample.keys()
+    stored = [view for view in views if sample[view].dtype == np.uint8]
     return {**sample, **{view: _bytes_to_model_space(sample[view]) for view in stored}}
 
 
@@ -462,7 +483,9 @@ def _vary(
 
 def _freeze(record: Element) -> Element:
     """The same object standing still: its static orbit, motion 0."""
-    return {**record, "dynamic": record["static"], "motion": np.float32(0)}
+    names = {"dynamic": "static", records.LATENTS[0]: records.LATENTS[1]}
+    still = {name: record[names[name]] for name in names.keys() & record.keys()}
+    return {**record, **still, "motion": np.float32(0)}
 
 
 def _model_space(

@@ -9,6 +9,8 @@ A record is a dict of these entries; view sets that a clip lacks are left out.
     caption                  string; may be empty
     clip, asset, action      strings: names of the clip, its 3D asset, and that asset's animation
     source, licence          strings: where the asset comes from; may be empty
+    dynamic_latents, static_latents   (t, h, w, c): the latents of these views, and further arrays
+                             that a prompt encoder made of the clip; see `d4d_jax.data.latents`
 
 A data set is a folder of ArrayRecord files, each record of which is a map in MessagePack: numbers
 and strings as they are, arrays as maps of `dtype`, `shape` and `zlib`, the compressed elements. So
@@ -40,6 +42,7 @@ Record = dict[str, Any]
 VERSION = "1.0.0"
 
 VIEWS = ("dynamic", "static", "front")
+LATENTS = ("dynamic_latents", "static_latents")
 ARRAYS = ("camera", "intrinsics")
 TEXTS = ("caption", "clip", "asset", "action", "source", "licence")
 
@@ -125,7 +128,7 @@ def decode(data: bytes, views: Sequence[str] = VIEWS) -> Record:
 
     Args:
         data: by `encode`.
-        views: the view sets to decompress, of those that are there.
+        views: the view sets and latents to decompress, of those that are there.
 
     Raises:
         ValueError: these are no bytes of a record.
@@ -135,7 +138,7 @@ def decode(data: bytes, views: Sequence[str] = VIEWS) -> Record:
         return {
             name: _unpack(entry)
             for name, entry in entries.items()
-            if name not in VIEWS or name in views
+            if name not in (*VIEWS, *LATENTS) or name in views
         }
     except (ValueError, TypeError, KeyError, AttributeError, zlib.error) as error:
         raise ValueError(f"{len(data)} bytes are no record of a clip ({error}).") from error
@@ -146,6 +149,7 @@ class Records(Sequence[Record]):
 
     Attributes:
         shapes: the different (t, h, w) that occur.
+        latents: what `dataset.json` says of the latents, if they are decoded; else None.
     """
 
     def __init__(
@@ -160,7 +164,7 @@ class Records(Sequence[Record]):
         Args:
             path: its folder, of `d4d_jax.data.shards` or of TFDS.
             split: "train", "val" or "test".
-            views: the view sets to decode, of those that are there.
+            views: the view sets to decode, of those that are there; or `LATENTS`.
 
         Raises:
             FileNotFoundError: there is no data set.
@@ -169,6 +173,7 @@ class Records(Sequence[Record]):
         self._path, self._split, self._views = Path(path), split, tuple(views)
         self._source: Any
         self._decode: Callable[[Any], Record]
+        self.latents: dict[str, Any] | None = None
         if (self._path / _INDEX).exists():
             index = read_index(path)
             files = _entry(index["splits"], split, path)["files"]
@@ -177,6 +182,10 @@ class Records(Sequence[Record]):
             )
             self._decode = lambda data: decode(data, self._views)
             self.shapes = [tuple(shape) for shape in index["shapes"]]
+            if set(LATENTS) <= set(views):
+                if "latents" not in index:
+                    raise ValueError(f"{str(path)!r} has no latents: see experiments.encode.")
+                self.latents = {**index["latents"], "folder": str(path)}
         elif (self._path / "dataset_info.json").exists():
             from d4d_jax.data import tfds_orbits  # its import takes seconds
 

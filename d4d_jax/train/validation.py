@@ -1,6 +1,7 @@
 """The losses on clips that are not trained on, without chance: the same draws every time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,15 @@ from d4d_jax.typing import PyTree
 EvaluateFn = Callable[[PyTree, PyTree, PyTree, Array], Mapping[str, Array]]
 
 
+@runtime_checkable
+class Clips(Protocol):
+    """Random access to clips, such as a list or a `grain.MapDataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> PyTree: ...
+
+
 class Validation:
     """Means over clips and over the whole range of timesteps, for the averaged parameters.
 
@@ -26,7 +36,7 @@ class Validation:
     def __init__(
         self,
         evaluate: EvaluateFn,
-        clips: Sequence[PyTree],
+        clips: Clips,
         *,
         num_timesteps: int,
         levels: int = 4,

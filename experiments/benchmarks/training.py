@@ -14,7 +14,7 @@ from d4d_jax.train import loop, sharding, writers
 from d4d_jax.train.checkpoint import Checkpointer
 from d4d_jax.train.state import TrainState
 from d4d_jax.train.step import make_train_step
-from experiments import build
+from experiments import build, inputs
 from experiments.benchmarks.measure import Spread
 from experiments.benchmarks.tables import markdown, number
 
@@ -76,7 +76,7 @@ def _parts(config: Mapping[str, Any], source: ClipSource) -> tuple[TrainState, A
     config = dict(config)
     mesh = sharding.make_mesh(config["mesh"]["data"] or None, config["mesh"]["fsdp"])
     codec = build.build_codec(config)
-    codec_params, batch = build.fit_codec(codec, source), build.example_batch(source)
+    codec_params, batch = build.fit_codec(codec, source), inputs.example_batch(source)
     network = build.build_network(config, build.latent_channels(codec, codec_params, batch))
     objective = build.build_objective(config, network, codec, build.build_schedule(config))
     state = build.init_state(config, objective, codec_params, batch, mesh)
@@ -87,7 +87,7 @@ def _parts(config: Mapping[str, Any], source: ClipSource) -> tuple[TrainState, A
         rate=build.build_rate(config),
         out_shardings=sharding.shardings(state, mesh, sharding.STATE_RULES),
     )
-    return state, step_fn, iter(build.build_dataset(config, source)), mesh
+    return state, step_fn, iter(inputs.build_dataset(config, source)), mesh
 
 
 def _bare(step_fn: Any, state: TrainState, batch: Any, steps: int) -> tuple[TrainState, float]:
