@@ -84,7 +84,7 @@ def _write(
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
     try:
-        stored = grain.sources.ArrayRecordDataSource([str(source)])
+        stored: Any = grain.sources.ArrayRecordDataSource([str(source)])
         for i in range(len(stored)):
             record = records.decode(stored[i])
             sample = pipeline.record_element(record, size=size)
