@@ -8,11 +8,13 @@ means, `evaluation.json`, with every prompt, `evaluation.png`, measured over ask
 `sheet.png`, the clips above what was made of them.
 
 Against the clip: PSNR, SSIM, LPIPS (`--perceptual`), and CLIP-F and CLIP-O (`--clip_weights`), the
-cosines of CLIP's embeddings of the front view (the first frame) and of all frames. `motion` is the
+cosines of CLIP's embeddings of the front view (the first frame) and of all frames. FVD
+(`--i3d_weights`) is one figure for all clips of a motion and a weight. `motion` is the
 magnitude of the made clip (Eq. 1, x 100): its dynamic orbit against its own static one. Scores
 whose weights are not given are listed as absent.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -38,8 +40,11 @@ from experiments.reconstruct import load_perceptual
 #: Scores by name; a function of made and true frames (t, h, w, 3) in [0, 1].
 Scores = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
 
+#: Of videos (b, t, h, w, 3) in [0, 1], for FVD; None without weights.
+Features = Callable[[np.ndarray], jax.Array] | None
+
 #: Of the table.
-_SCORES = ("psnr", "ssim", "lpips", "clip_f", "clip_o")
+_SCORES = ("psnr", "ssim", "lpips", "clip_f", "clip_o", "fvd")
 _SHOWN = 6  # prompts of the sheet
 
 
@@ -51,12 +56,25 @@ def main() -> None:
     motions = [None if word == "own" else _number(word, "--motions") for word in options.motions]
     weights = [_number(word, "--w2") for word in options.w2] if options.w2 else [None]
     scores = make_scores(options.perceptual, options.clip_weights, options.clip_variant)
+    i3d = options.i3d_weights and metrics.load_i3d(options.i3d_weights)
+    if i3d and len(clips) < 2:
+        raise ValueError(f"FVD compares sets of videos; {options.data} has one clip to take.")
     names = ("evaluation.md", "evaluation.json", "evaluation.png", "sheet.png")
     workdir = cli.claim_workdir(options.workdir, names, overwrite=options.overwrite)
     cli.log_devices()
-    rows = evaluate(pipeline, clips, motions, weights, scores, workdir, num_steps=options.steps)
+    features: Features = functools.partial(jax.jit(metrics.I3D.__call__), i3d) if i3d else None
+    rows = evaluate(
+        pipeline,
+        clips,
+        motions,
+        weights,
+        scores,
+        workdir,
+        num_steps=options.steps,
+        features=features,
+    )
     (workdir / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    text = table(rows, [name for name in _SCORES if name not in scores])
+    text = table(rows, [name for name in _SCORES if name not in rows[0]])
     (workdir / "evaluation.md").write_text(text + "\n", encoding="utf-8")
     _plot(rows, workdir / "evaluation.png")
     print(text)
@@ -121,20 +139,25 @@ def evaluate(
     workdir: Path,
     *,
     num_steps: int,
+    features: Features = None,
 ) -> list[dict[str, Any]]:
     """A row for every clip, motion and weight; writes `sheet.png`.
 
     Args:
         motions: magnitudes to ask for; None is that of the clip.
         weights: w2 of Eq. 3; None is that of the pipeline.
+        features: for "fvd", which is the same in all rows of a motion and a weight.
     """
     rows: list[dict[str, Any]] = []
+    found: dict[Any, list[np.ndarray]] = {}  # features; of the true clips by the key None
     shown: list[np.ndarray] = []
     for number, clip in enumerate(clips):
         true = (clip["dynamic"] + 1) / 2
         by_caption = pipeline.prompt.reads == "text"
         prompt = str(clip["caption"]) if by_caption else inputs.straight(true[0])
         strip = [true[..., :3]]
+        if features:
+            found.setdefault(None, []).append(np.asarray(features(strip[0][None])[0]))
         options: dict[str, Any] = {"num_steps": num_steps, "seed": number}
         static = np.asarray(pipeline(prompt, **options, views=("static",)).static)
         for weight in weights:
@@ -153,11 +176,22 @@ def evaluate(
                     }
                 )
                 strip.append(np.asarray(made.dynamic))
+                if features:
+                    kind = _kind(rows[-1])
+                    found.setdefault(kind, []).append(np.asarray(features(strip[-1][None])[0]))
         if number < _SHOWN:
             shown += strip
         logging.info("Clip %d of %d.", number + 1, len(clips))
     media.write_image(workdir / "sheet.png", media.contact_sheet(shown))
+    if features:
+        true, made = np.stack(found.pop(None)), {k: np.stack(v) for k, v in found.items()}
+        distances = {kind: metrics.frechet_distance(made[kind], true) for kind in made}
+        rows = [{**row, "fvd": distances[_kind(row)]} for row in rows]
     return rows
+
+
+def _kind(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    return row["w2"], row["asked"]
 
 
 def _measured(made: OrbitClip, static: np.ndarray) -> float:
@@ -166,11 +200,11 @@ def _measured(made: OrbitClip, static: np.ndarray) -> float:
 
 def table(rows: Sequence[Mapping[str, Any]], absent: Sequence[str]) -> str:
     """Means over the clips for every motion and weight, and how often the motion is in order."""
-    kinds = list(dict.fromkeys((row["w2"], row["asked"]) for row in rows))
+    kinds = list(dict.fromkeys(_kind(row) for row in rows))
     present = [name for name in _SCORES if name not in absent]
     cells = []
     for w2, asked in kinds:
-        own = [row for row in rows if (row["w2"], row["asked"]) == (w2, asked)]
+        own = [row for row in rows if _kind(row) == (w2, asked)]
         means = [float(np.mean([row[name] for row in own])) for name in ("motion", *present)]
         cells.append((str(w2), str(asked), str(len(own)), *(f"{mean:.4g}" for mean in means)))
     headings = ("w2", "asked", "clips", "motion", *(name.upper() for name in present))
@@ -179,7 +213,7 @@ def table(rows: Sequence[Mapping[str, Any]], absent: Sequence[str]) -> str:
         numbers = sorted(asked for weight, asked in kinds if weight == w2 and asked != "own")
         for low, high in itertools.pairwise(numbers):
             both = [
-                {row["clip"]: row["motion"] for row in rows if (row["w2"], row["asked"]) == kind}
+                {row["clip"]: row["motion"] for row in rows if _kind(row) == kind}
                 for kind in ((w2, low), (w2, high))
             ]
             right = sum(both[0][clip] < both[1][clip] for clip in both[0])
@@ -224,5 +258,6 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "clip_weights", None, "Adds CLIP-F and CLIP-O: image.safetensors of experiments.convert."
     )
+    flags.DEFINE_string("i3d_weights", None, "Adds FVD: see d4d_jax.metrics.load_i3d.")
     flags.DEFINE_enum("clip_variant", "vit_h_14", sorted(clip_models.VARIANTS), "Of the weights.")
     cli.run(main)

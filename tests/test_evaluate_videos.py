@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from binaries import run_binary
 from model_folders import towers
+from test_fvd import random_state
 
 from d4d_jax import clips, conversion, metrics
 from d4d_jax.data import synthetic
@@ -22,6 +23,7 @@ def root(tmp_path_factory):
     for i in range(2):
         clips.write_clip(synthetic.make_clip(i, num_frames=24, size=64), root / "clips" / str(i))
     conversion.save(root / "image.safetensors", towers()["image"])
+    np.savez(root / "i3d.npz", **random_state())
     return root
 
 
@@ -31,6 +33,7 @@ def evaluated(root):
         *("evaluate_videos", f"--data={root / 'clips'}", f"--checkpoint={EMBEDDED}"),
         *("--motions=0,12", "--w2=0,1", "--steps=3", f"--workdir={root / 'out'}"),
         *(f"--clip_weights={root / 'image.safetensors'}", "--clip_variant=tiny"),
+        f"--i3d_weights={root / 'i3d.npz'}",
     )
     assert result.returncode == 0, result.stderr
     return root / "out", result.stdout
@@ -48,6 +51,9 @@ def test_every_prompt_has_its_rows_and_motion_is_measured(evaluated):
     assert "w2 = 1.0: 2 of 2 clips move more at 12 than at 0." in printed
     assert "Absent, since no weights were given: lpips." in printed
     assert (folder / "evaluation.md").read_text().strip() in printed
+    distances = {(row["w2"], row["asked"]): row["fvd"] for row in rows}
+    assert len(set(distances.values())) == 4 and min(distances.values()) > 0
+    assert f" {distances[1, 12]:.4g} |" in printed
     for name in ("evaluation.png", "sheet.png"):
         assert (folder / name).stat().st_size > 1000
 
