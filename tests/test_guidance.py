@@ -181,3 +181,15 @@ def test_rescaling_gives_the_deviation_of_the_conditional_prediction():
     after = ThreeDAware(2.0, 1.0, rescale=0.7)(network)(X, T, CONDITIONING)
     expected = rescaled(plain, network(X, T, CONDITIONING), 0.7)
     np.testing.assert_allclose(after, expected, rtol=1e-5)
+
+
+@pytest.mark.live
+def test_rescaling_is_that_of_diffusers():
+    import torch
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    rng = np.random.default_rng(5)
+    guided, conditional = 2 * rng.normal(size=(3, 4, 5, 5, 4)), rng.normal(size=(3, 4, 5, 5, 4))
+    expected = rescale_noise_cfg(torch.as_tensor(guided), torch.as_tensor(conditional), 0.7)
+    found = rescaled(jnp.asarray(guided), jnp.asarray(conditional), 0.7)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
