@@ -165,7 +165,7 @@ class WandbWriter:
         Raises:
             ImportError: wandb is not installed.
         """
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         path = pathlib.Path(directory) / "wandb_id"
         known = path.read_text().strip() if restored_step and path.exists() else None
