@@ -70,12 +70,15 @@ def plain():
 
 @pytest.mark.parametrize("remat", sorted(set(REMATS) - {"none"}))
 def test_rematerialisation_gives_the_same_gradients(plain, remat):
-    """With dropout, whose mask must be the same when a block is computed again."""
+    """With dropout, whose mask must be the same when a block is computed again.
+
+    To 2e-5: gradients of the biases before a normalisation are sums of terms that cancel.
+    """
     variables, expected = plain
     assert jax.tree.all(jax.tree.map(lambda g: bool(jnp.abs(g).max() > 0), expected))
     found = jax.jit(jax.grad(loss_of(remat), argnums=(0, 1)))(variables, X)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max())),
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max())),
         found,
         expected,
     )

@@ -89,12 +89,12 @@ def _forward(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array
     chunks, scale = _Chunks(query, key), query.shape[-1] ** -0.5
 
     def rows(key: Array, value: Array, query: Array) -> tuple[Array, Array]:
-        scores = scale * _product("sqd,skd->sqk", query, key)
+        scores = _product("sqd,skd->sqk", query, key)
         top = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - top)
+        weights = jnp.exp(scale * (scores - top))  # scaled in the same pass as the exponential
         total = weights.sum(-1, keepdims=True)
         mixed = _product("sqk,skd->sqd", weights.astype(value.dtype), value) / total
-        return mixed.astype(query.dtype), (top + jnp.log(total))[..., 0]
+        return mixed.astype(query.dtype), (scale * top + jnp.log(total))[..., 0]
 
     def sequences(given: tuple[Array, ...]) -> tuple[Array, Array]:
         key, value, queries = given
@@ -110,8 +110,10 @@ def _backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
     chunks, scale = _Chunks(query, key), query.shape[-1] ** -0.5
     dots = jnp.sum(cotangent.astype(jnp.float32) * mixed, -1)
 
-    def columns(key: Array, value: Array, part: tuple[Array, ...]) -> tuple[Array, ...]:
-        # Keys come first in all matrices: no product then needs one of them transposed.
+    def columns(
+        key: Array, value: Array, key_rows: Array, part: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
+        # Keys come first in all large matrices: no product then needs one of them transposed.
         query, logsumexp, cotangent, dots = part
         weights = jnp.exp(scale * _product("skd,sqd->skq", key, query) - logsumexp[:, None])
         slopes = weights * (_product("skd,sqd->skq", value, cotangent) - dots[:, None])
@@ -119,14 +121,15 @@ def _backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
         return (
             _product("skq,sqd->skd", slopes, query),
             _product("skq,sqd->skd", weights.astype(key.dtype), cotangent),
-            _product("skq,skd->sqd", slopes, key).astype(query.dtype),
+            _product("sdk,skq->sdq", key_rows, slopes).astype(query.dtype),
         )
 
     def sequences(given: tuple[Array, ...]) -> tuple[Array, ...]:
         key, value, *queries = given
+        key_rows = key.mT
 
         def add(sums: tuple[Array, Array], part: tuple[Array, ...]):
-            *new, d_query = columns(key, value, part)
+            *new, d_query = columns(key, value, key_rows, part)
             return (sums[0] + new[0], sums[1] + new[1]), d_query
 
         zero = jnp.zeros(key.shape, jnp.float32)
@@ -135,7 +138,7 @@ def _backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
 
     parts = map(chunks.fold_queries, (query, logsumexp, cotangent, dots))
     d_query, *others = jax.lax.map(sequences, (chunks.fold(key), chunks.fold(value), *parts))
-    return chunks.unfold_queries(d_query), *map(chunks.unfold, others)
+    return chunks.unfold_queries(d_query.mT), *map(chunks.unfold, others)
 
 
 _chunked.defvjp(_forward, _backward)
