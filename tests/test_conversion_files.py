@@ -104,15 +104,21 @@ def shard(folder, state, stem="model", ending="safetensors"):
     places = {}
     for number, part in halves.items():
         file = f"{stem}-0000{number.replace('of-', 'of-0000')}.{ending}"
-        save_file({name: np.ascontiguousarray(state[name]) for name in part}, folder / file)
+        write = save_file if ending == "safetensors" else _archive
+        write({name: np.ascontiguousarray(state[name]) for name in part}, folder / file)
         places |= dict.fromkeys(part, file)
     index = folder / f"{stem}.{ending}.index.json"
     index.write_text(json.dumps({"weight_map": places}))
     return index
 
 
-def test_folders_with_shards(tmp_path, params, state):
-    index = shard(tmp_path / "pipeline" / "text_encoder", state)
+def _archive(arrays, path):
+    torch_archive.archive(path, arrays)
+
+
+@pytest.mark.parametrize(("stem", "ending"), [("model", "safetensors"), ("pytorch_model", "bin")])
+def test_folders_with_shards(tmp_path, params, state, stem, ending):
+    index = shard(tmp_path / "pipeline" / "text_encoder", state, stem, ending)
     for folder in (tmp_path / "pipeline", index.parent):
         assert_same(conversion.load(folder, FORMAT, network=NETWORK), params)
     index.write_text(json.dumps({"weight_map": {"a": "../own.safetensors"}}))
@@ -157,6 +163,8 @@ def test_incomplete_parameters_are_not_written(tmp_path, params):
         conversion.save(tmp_path / "a.safetensors", params, "clip")
     with pytest.raises(ValueError, match=r"no variant 'huge'; known: .*videomv_t2v"):
         conversion.convert_file(params, None, to="videomv_t2v", variant="huge")
+    with pytest.raises(ValueError, match="'small' has no meaning from d4d to d4d"):
+        conversion.convert_file(params, tmp_path / "a.safetensors", variant="small")
     assert folder_of(tmp_path) == []
 
 

@@ -169,7 +169,7 @@ def convert_file(
 
     Raises:
         ConversionError, FileExistsError, FileNotFoundError, ImportError, ValueError: as `load` and
-            `save`, before anything is written.
+            `save`, before anything is written; a variant is given and both formats are ours.
     """
     if target is not None:
         _check_target(target, to, overwrite)
@@ -179,6 +179,11 @@ def convert_file(
     else:
         named, state = str(source), files.read(source, find_format(format).subfolder)
         remarks = files.read_metadata(source) if format == OWN else {}
+    if variant and format == to == OWN:
+        raise ValueError(
+            f"The variant {variant!r} has no meaning from {OWN} to {OWN}: these files may hold any"
+            " network."
+        )
     variant = variant or remarks.get("variant")
     ours, incoming = _incoming(state, format, find_network(format, variant), allow_new, seed, named)
     network = find_network(to, variant)
