@@ -58,7 +58,9 @@ class ReconstructConfig:
         warmup: static views only, field at rest; skipped without a static orbit.
         nodes: the control points are fitted as if they were the splats (SC-GS's first stage); no
             steps by default, since the held-out views do not gain by it.
-        coarse: dynamic and static views (Diffusion4D's coarse stage).
+        coarse: dynamic and static views (Diffusion4D's coarse stage). Which poses need bodies of
+            their own is judged at its end, so it should be long enough to follow the motion, and
+            too short to contort one body into every silhouette.
         fine: dynamic views, and as many static ones as `fine.static_fraction` says.
         density: when and how splats multiply and vanish: a `gaussians.densify.DensityStrategy`, or
             its spec (`{"name": "mcmc", ...}`). Its steps count over the run.

@@ -164,9 +164,10 @@ def _quality(config: ml_collections.ConfigDict) -> None:
     config.sh_degree = 1
     config.sh_interval = 1500
     config.warmup.update(steps=500, low_steps=300)
-    config.coarse.update(steps=1200, low_steps=1200)
+    # The coarse stage stays as it is: in a longer one the first body contorts into poses that it
+    # should leave to another.
     config.fine.update(steps=6000, low_steps=800)
-    config.density.update(start=1750, stop=5000)
+    config.density.update(start=1150, stop=4400)
 
 
 def _smoke(config: ml_collections.ConfigDict) -> None:
