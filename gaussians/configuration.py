@@ -12,6 +12,7 @@ from gaussians.losses import LossWeights
 from gaussians.optimization import LearningRates
 from gaussians.rasterize import chosen
 from gaussians.stages import Stage
+from gaussians.tracking import Tracking
 
 _WARMUP = Stage(steps=300, static_fraction=1.0, low_steps=200)
 _NODES = Stage(
@@ -61,6 +62,9 @@ class ReconstructConfig:
         coarse: dynamic and static views (Diffusion4D's coarse stage). Which poses need bodies of
             their own is judged at its end, so it should be long enough to follow the motion, and
             too short to contort one body into every silhouette.
+        tracking: how the coarse stage of a clip that ends at rest is done by control points
+            (`gaussians.tracking`), instead of its own steps on all frames at once; a `Tracking` or
+            its fields. With 0 steps all clips have the latter.
         fine: dynamic views, and as many static ones as `fine.static_fraction` says.
         density: when and how splats multiply and vanish: a `gaussians.densify.DensityStrategy`, or
             its spec (`{"name": "mcmc", ...}`). Its steps count over the run.
@@ -83,6 +87,7 @@ class ReconstructConfig:
     warmup: Stage = _WARMUP
     nodes: Stage = _NODES
     coarse: Stage = _COARSE
+    tracking: Any = dataclasses.field(default_factory=Tracking)
     fine: Stage = _FINE
     density: Any = dataclasses.field(default_factory=_default_density)
     weights: LossWeights = dataclasses.field(default_factory=LossWeights)
@@ -109,6 +114,8 @@ class ReconstructConfig:
             raise ValueError(f"sh_interval cannot be negative; got {self.sh_interval}.")
         if isinstance(self.density, Mapping):
             object.__setattr__(self, "density", densify.build(self.density))
+        if isinstance(self.tracking, Mapping):
+            object.__setattr__(self, "tracking", Tracking(**self.tracking))
         chosen(self.implementation)  # Raises for a name that there is not.
         field = build(self.deformation)  # Likewise.
         if self.nodes.steps and not Skeleton.carries(field):

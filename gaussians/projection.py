@@ -28,6 +28,15 @@ _MIN_NORM_SQUARED = 1e-20
 _MIN_COMPENSATION = 0.005  # keeps the square root differentiable; gsplat's floor
 
 
+def scaled_blur(scale: float) -> float:
+    """The screen-space blur, px^2, of images resized by area averaging to `scale` times their side.
+
+    The blur of the full size, and the variance of the pixels that were averaged: with the full blur
+    splats would shrink to make up for silhouettes that are too fat.
+    """
+    return BLUR * scale**2 + (1 - scale**2) / 12
+
+
 class Projection(NamedTuple):
     """What the image plane sees of n splats.
 

@@ -25,7 +25,8 @@ from jaxtyping import Array, Float, Int
 
 from d4d_jax.clips import OrbitClip
 from d4d_jax.metrics import Lpips
-from gaussians import bodies, preparation
+from d4d_jax.typing import PyTree
+from gaussians import bodies, preparation, tracking
 from gaussians.asset import Asset, pair_capacity
 from gaussians.captures import Capture, of_clip
 from gaussians.configuration import ReconstructConfig
@@ -41,7 +42,7 @@ from gaussians.optimization import (
     step,
 )
 from gaussians.progress import Clock, Progress
-from gaussians.projection import BLUR
+from gaussians.projection import scaled_blur
 from gaussians.rasterize import chosen
 from gaussians.snapshot import Interrupted, Keeper, Snapshot, digest, flatten, restore
 from gaussians.stages import Stage, view_order
@@ -104,9 +105,13 @@ def reconstruct(
     fit = _Fit(capture, config, field, callback, keeper, perceptual, run)
     state = fit.resume(state)
     for number, (name, stage) in enumerate(fit.stages.items()):
-        if name == "fine" and "coarse" in fit.stages and fit.begins(name):
-            state = fit.with_bodies(state, body_key)
         keys = [jax.random.fold_in(k, number) for k in (view_key, densify_key)]
+        if name == "coarse" and fit.tracks:
+            if fit.begins("coarse"):
+                state = fit.track(state, stage, keys[0])
+            continue
+        if name == "fine" and "coarse" in fit.stages and fit.begins(name) and not fit.tracks:
+            state = fit.with_bodies(state, body_key)
         state = fit.run(state, name, stage, *keys)
     meta = {
         "steps": fit.total,
@@ -166,6 +171,7 @@ class _Fit:
         self.views = functools.lru_cache(maxsize=2)(
             lambda scale: preparation.views_of(capture, scale)
         )
+        self.tracks = config.tracking.steps > 0 and tracking.can_track(field, capture)
         self.instants, self.instant_of = np.unique(
             np.asarray(capture.moving.timestamps), return_inverse=True
         )
@@ -201,6 +207,43 @@ class _Fit:
         )
         return create_state(splats, params, self.config.rates)
 
+    def track(self, state: TrainState, stage: Stage, key: jax.Array) -> TrainState:
+        """The coarse stage by tracking: the poses of the control points, and nothing else."""
+        steps, start, done = self.config.tracking.steps, self.done, 0
+        begin = time.perf_counter()
+        field, params = tracking.bottom(self.field, state.params["deformation"])
+
+        def tell(tracked: int, loss: float, mse: float, params: PyTree) -> None:
+            nonlocal begin, done
+            if self.keeper is not None and self.keeper.stops():
+                self._save(state)  # as it was before: tracking then starts over
+                raise Interrupted(f"Stopped after step {self.done} of {self.total}.")
+            now = stage.steps * tracked // steps
+            if now > done:
+                self.clock.note(start + now, (time.perf_counter() - begin) / (now - done))
+                begin, done = time.perf_counter(), now
+                self._tell(self._tracked(state, params), "coarse", start + now, loss, mse)
+
+        params = tracking.track(
+            field,  # pyright: ignore[reportArgumentType]: `can_track` has looked at it
+            params,
+            state.splats,
+            self.capture,
+            self.config.tracking,
+            key,
+            implementation=self.config.implementation,
+            callback=tell,
+        )
+        self.done = start + stage.steps
+        state = self._tracked(state, params)
+        self._save(state)
+        return state
+
+    def _tracked(self, state: TrainState, params: PyTree) -> TrainState:
+        """The state with other parameters of the control points, and a fresh optimizer."""
+        deformation = tracking.with_bottom(self.field, state.params["deformation"], params)
+        return create_state(state.splats, deformation, self.config.rates)
+
     def run(
         self, state: TrainState, name: str, stage: Stage, view_key: jax.Array, key: jax.Array
     ) -> TrainState:
@@ -211,7 +254,6 @@ class _Fit:
             state = create_state(state.splats, state.params["deformation"], self.config.rates)
         decay = stage.end_rate / stage.start_rate
         key, shaking_key = jax.random.split(key)
-        splats = int(state.active.sum())
         for i in range(self.done - self.starts[name], stage.steps):
             if i and opened[i] > opened[i - 1]:
                 state = _hold(state, self.instants[opened[i - 1]], self.field)
@@ -230,18 +272,26 @@ class _Fit:
                     density=self.config.density,
                     field=self.field,
                 )
-                splats = int(report_of_splats.active)
                 _LOGGER.info("Step %d: %s.", self.done, report_of_splats)
             if self.config.density.resets_opacity_at(self.done):
                 state = reset_opacity(state, density=self.config.density)
-            if self.callback is not None:
-                psnr = -10 * math.log10(max(float(report.mse), 1e-10))
-                eta = self.clock.remaining(self.done)
-                loss = float(report.loss)
-                make = functools.partial(self._asset, state)
-                self.callback(Progress(name, self.done, self.total, loss, psnr, splats, eta, make))
+            self._tell(state, name, self.done, report.loss, report.mse)
             self._keep(state)
         return state
+
+    def _tell(
+        self,
+        state: TrainState,
+        name: str,
+        done: int,
+        loss: float | Float[Array, ""],
+        mse: float | Float[Array, ""],
+    ) -> None:
+        if self.callback is not None:
+            psnr = -10 * math.log10(max(float(mse), 1e-10))
+            eta, splats = self.clock.remaining(done), int(state.active.sum())
+            make = functools.partial(self._asset, state)
+            self.callback(Progress(name, done, self.total, float(loss), psnr, splats, eta, make))
 
     def _asset(self, state: TrainState) -> Asset:
         """A copy of the present asset, on the host."""
@@ -310,7 +360,7 @@ class _Fit:
             density=config.density,
             background=self.capture.background,
             pairs=self.pairs,
-            blur=BLUR * scale**2 + (1 - scale**2) / 12,
+            blur=scaled_blur(scale),
             sh_degree=min(bands, config.sh_degree),
             implementation=config.implementation,
         )

@@ -26,7 +26,7 @@ from gaussians.captures import Capture, Views, of_clip
 from gaussians.deformation import build
 from gaussians.deformation.skeleton import Skeleton
 from gaussians.optimization import StepSettings, create_state, refine, step
-from gaussians.projection import BLUR
+from gaussians.projection import scaled_blur
 from gaussians.rasterize import chosen
 from gaussians.reconstruct import ReconstructConfig, reconstruct
 from gaussians.types import Splats
@@ -177,7 +177,7 @@ def programs(
             density=config.density,
             background=capture.background,
             pairs=pairs,
-            blur=BLUR * scale**2 + (1 - scale**2) / 12,
+            blur=scaled_blur(scale),
             sh_degree=degree,
             implementation=config.implementation,
         )

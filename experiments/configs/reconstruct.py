@@ -14,6 +14,8 @@ A binary's `--preset=fast` is the same as the word in `--config`. A comma adds a
   not move them at all;
 - `plain` is the field alone, without bodies for lost poses and without short-lived splats;
 - `mcmc` relocates splats instead of cloning and pruning them;
+- `no_tracking` fits the control points to all frames at once in every clip, also in those that end
+  at rest;
 - `node_stage` fits the control points before the splats that they carry (SC-GS's first stage);
 - `lpips` adds a perceptual loss, of which `--perceptual` says the network; `no_dssim` has L1 alone;
 - `no_coarse`, `no_fine` give the steps of one stage to the other; `dynamic_fine` has no static
@@ -47,6 +49,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         "mcmc": _mcmc,
         "lpips": _lpips,
         "no_dssim": _no_dssim,
+        "no_tracking": _no_tracking,
         "node_stage": _node_stage,
         "no_coarse": _no_coarse,
         "no_fine": _no_fine,
@@ -86,6 +89,21 @@ def _default() -> ml_collections.ConfigDict:
     config.warmup = _stage(steps=300, static_fraction=1.0, low_steps=200)
     config.nodes = _stage(static_fraction=0.25, low_steps=400, end_rate=0.5)
     config.coarse = _stage(steps=600, static_fraction=0.25, low_steps=600, end_rate=0.5)
+    # In clips that end at rest, control points are tracked instead of fitted in the coarse stage.
+    config.tracking = dict(
+        steps=2400,
+        pixels=64,
+        rate=8e-3,
+        end_rate=0.1,
+        opening=0.6,
+        momentum=0.5,
+        spread=(20.0, 1.0),
+        time_spread=(2.0, 0.5),
+        neighbours=8,
+        tolerance=0.3,
+        rigidity=1.0,
+        acceleration=15.0,
+    )
     config.fine = _stage(steps=2000, static_fraction=0.2, low_steps=400, end_rate=0.05)
     config.density = dict(
         name="adaptive",
@@ -176,6 +194,7 @@ def _smoke(config: ml_collections.ConfigDict) -> None:
     config.capacity = 250
     config.deformation.base.base.num_nodes = 16
     config.density.update(start=2, every=5)
+    config.tracking.update(steps=20, neighbours=4)
     for stage in ("warmup", "coarse", "fine"):
         config[stage].update(steps=6, low_steps=0)
 
@@ -205,6 +224,10 @@ def _lpips(config: ml_collections.ConfigDict) -> None:
 
 def _no_dssim(config: ml_collections.ConfigDict) -> None:
     config.weights.update(l1=1.0, dssim=0.0)
+
+
+def _no_tracking(config: ml_collections.ConfigDict) -> None:
+    config.tracking.steps = 0
 
 
 def _node_stage(config: ml_collections.ConfigDict) -> None:

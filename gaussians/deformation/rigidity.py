@@ -71,6 +71,8 @@ def arap(
     neighbours: Int[AnyArray, "m k"],
     weights: Float[AnyArray, "m k"],
     tolerance: float = math.inf,
+    *,
+    saturating: bool = False,
 ) -> Float[Array, ""]:
     """As rigid as possible: how far the links of every point are from being only turned.
 
@@ -81,7 +83,8 @@ def arap(
 
     h(s) = s^2 up to about the `tolerance` c, and 2 c s beyond it (pseudo-Huber): where two limbs
     touch at rest, the links between them must be allowed to tear, and a square would rather bend
-    both limbs.
+    both limbs. `saturating` takes h(s) = s^2 / (1 + (s / c)^2) instead (Geman & McClure 1985),
+    which never grows beyond c^2: a link once torn costs the same wherever its ends go.
 
     SC-GS (Huang et al. 2024), after Sorkine & Alexa, takes for R_i the rotation that fits the links
     best (an SVD per point and instant, without gradient), and ties the points' own rotations to it
@@ -94,13 +97,16 @@ def arap(
         rotations: of every point at these instants.
         neighbours, weights: of `neighbour_graph`.
         tolerance: above 0, relative to the length of the links; infinite for plain squares.
+        saturating: whether a link has a highest price.
     """
     links = rest[neighbours] - rest[:, None]
     now = moved[:, neighbours] - moved[:, :, None]
     residuals = now - jnp.einsum("tmij,mkj->tmki", rotations, links)
     length = jnp.einsum("mk,mki->", weights, links**2) / len(rest)
     stretch = jnp.sum(residuals**2, axis=-1) / (length + _TINY)
-    if tolerance < math.inf:
+    if saturating:
+        stretch = stretch / (1 + stretch / tolerance**2)
+    elif tolerance < math.inf:
         stretch = 2 * tolerance**2 * (jnp.sqrt(1 + stretch / tolerance**2) - 1)
     return jnp.mean(jnp.einsum("mk,tmk->tm", weights, stretch))
 
