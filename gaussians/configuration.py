@@ -62,7 +62,7 @@ class ReconstructConfig:
         coarse: dynamic and static views (Diffusion4D's coarse stage). Which poses need bodies of
             their own is judged at its end, so it should be long enough to follow the motion, and
             too short to contort one body into every silhouette.
-        tracking: how the coarse stage of a clip that ends at rest is done by control points
+        tracking: how the coarse stage of a clip that returns to rest is done by control points
             (`gaussians.tracking`), instead of its own steps on all frames at once; a `Tracking` or
             its fields. With 0 steps all clips have the latter.
         fine: dynamic views, and as many static ones as `fine.static_fraction` says.

@@ -31,10 +31,11 @@ _MIN_COMPENSATION = 0.005  # keeps the square root differentiable; gsplat's floo
 def scaled_blur(scale: float) -> float:
     """The screen-space blur, px^2, of images resized by area averaging to `scale` times their side.
 
-    The blur of the full size, and the variance of the pixels that were averaged: with the full blur
-    splats would shrink to make up for silhouettes that are too fat.
+    As wide in the scene as at full size. Averaging blurs an image further, but not its splats: of
+    an opaque surface that many splats make up, wider splats widen the silhouette, and a fit moves
+    it away from the camera to make up for that.
     """
-    return BLUR * scale**2 + (1 - scale**2) / 12
+    return BLUR * scale**2
 
 
 class Projection(NamedTuple):

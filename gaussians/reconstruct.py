@@ -110,7 +110,7 @@ def reconstruct(
             if fit.begins("coarse"):
                 state = fit.track(state, stage, keys[0])
             continue
-        if name == "fine" and "coarse" in fit.stages and fit.begins(name) and not fit.tracks:
+        if name == "fine" and "coarse" in fit.stages and not fit.tracks and fit.begins(name):
             state = fit.with_bodies(state, body_key)
         state = fit.run(state, name, stage, *keys)
     meta = {
@@ -171,7 +171,11 @@ class _Fit:
         self.views = functools.lru_cache(maxsize=2)(
             lambda scale: preparation.views_of(capture, scale)
         )
-        self.tracks = config.tracking.steps > 0 and tracking.can_track(field, capture)
+        self.tracks = (
+            "coarse" in self.stages
+            and config.tracking.steps > 0
+            and tracking.can_track(field, capture)
+        )
         self.instants, self.instant_of = np.unique(
             np.asarray(capture.moving.timestamps), return_inverse=True
         )
@@ -211,7 +215,7 @@ class _Fit:
         """The coarse stage by tracking: the poses of the control points, and nothing else."""
         steps, start, done = self.config.tracking.steps, self.done, 0
         begin = time.perf_counter()
-        field, params = tracking.bottom(self.field, state.params["deformation"])
+        field, _ = tracking.bottom(self.field, state.params["deformation"])
 
         def tell(tracked: int, loss: float, mse: float, params: PyTree) -> None:
             nonlocal begin, done
@@ -226,7 +230,6 @@ class _Fit:
 
         params = tracking.track(
             field,  # pyright: ignore[reportArgumentType]: `can_track` has looked at it
-            params,
             state.splats,
             self.capture,
             self.config.tracking,
@@ -351,12 +354,15 @@ class _Fit:
 
     def _settings(self, name: str, scale: float) -> StepSettings:
         config, stage = self.config, self.stages[name]
+        rates = stage.rates or config.rates
+        if self.tracks and name == "fine":
+            rates = dataclasses.replace(rates, nodes=config.tracking.settled * rates.nodes)
         bands = self.done // config.sh_interval if config.sh_interval else config.sh_degree
         shown = {"warmup": None, "nodes": Skeleton(self.field)}
         return StepSettings(
             deformation=shown.get(name, self.field),
             weights=stage.weights or config.weights,
-            rates=stage.rates or config.rates,
+            rates=rates,
             density=config.density,
             background=self.capture.background,
             pairs=self.pairs,

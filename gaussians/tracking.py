@@ -5,7 +5,7 @@ things let a few thousand small steps follow a limb that swings across half of t
 
 - Instants open one after the other, from both ends of the clip inwards, each starting from the pose
   and the velocity of its neighbour. From one end alone errors of depth add up along the clip; so
-  only clips that end in the pose at rest are tracked (`ends_at_rest`).
+  only clips that end near the pose at rest are tracked (`returns`).
 - Every step is spread over neighbouring nodes and instants (the preconditioner of Nicolet et al.
   2021, "Large Steps in Inverse Rendering"), so that limbs move as wholes, and what is not seen
   follows what is, instead of wandering.
@@ -60,6 +60,7 @@ class Tracking:
         tolerance: stretch at which a link tears, relative to the length of the links.
         rigidity: weight of the links.
         acceleration: weight of the acceleration of the nodes.
+        settled: factor on the nodes' learning rate in the fine stage: what was found is polished.
     """
 
     steps: int = 2400
@@ -74,6 +75,7 @@ class Tracking:
     tolerance: float = 0.3
     rigidity: float = 1.0
     acceleration: float = 15.0
+    settled: float = 0.2
 
     def __post_init__(self):
         if self.steps < 0 or min(self.pixels, self.neighbours) < 1:
@@ -85,7 +87,14 @@ class Tracking:
             raise ValueError(f"opening must lie in (0, 1]; got {self.opening}.")
         object.__setattr__(self, "spread", tuple(self.spread))
         object.__setattr__(self, "time_spread", tuple(self.time_spread))
-        positive = (self.rate, self.end_rate, self.tolerance, *self.spread, *self.time_spread)
+        positive = (
+            self.rate,
+            self.end_rate,
+            self.tolerance,
+            self.settled,
+            *self.spread,
+            *self.time_spread,
+        )
         if not min(positive) > 0:
             raise ValueError(
                 f"Rates, spreads and the tolerance of tracking must be positive; got {self}."
@@ -116,18 +125,17 @@ def with_bottom(field: Deformation, params: PyTree, new: PyTree) -> PyTree:
 
 
 def can_track(field: Deformation, capture: Capture) -> bool:
-    """Whether the field has control points with a table of poses, and the clip ends at rest."""
+    """Whether the field has control points with a table of poses, and the clip returns to rest."""
     while (base := getattr(field, "base", None)) is not None:
         field = base
-    return isinstance(field, ControlPoints) and field.motion == "table" and ends_at_rest(capture)
+    return isinstance(field, ControlPoints) and field.motion == "table" and returns(capture)
 
 
-def ends_at_rest(capture: Capture, factor: float = 2.0) -> bool:
-    """Whether the last frame shows the pose at rest again, as in an animation that loops.
+def returns(capture: Capture, share: float = 0.5) -> bool:
+    """Whether the clip ends near the pose at rest, as animations that loop do.
 
-    Still and moving frame i need to share their camera. Their mean squared difference is about the
-    same, then, in the last frame as at the timestamp of the still ones: at most `factor` times, or
-    a hundredth of the largest.
+    Still and moving frame i need to share their camera. Their mean squared difference is then, in
+    the last frame, at most `share` of what it is in the frame where it is largest.
     """
     moving, still = capture.moving, capture.still
     if still is None or still is moving or len(still) != len(moving):
@@ -135,10 +143,7 @@ def ends_at_rest(capture: Capture, factor: float = 2.0) -> bool:
     if not np.allclose(moving.camera.world_to_camera, still.camera.world_to_camera, atol=1e-4):
         return False
     errors = np.mean((np.asarray(moving.rgb) - np.asarray(still.rgb)) ** 2, axis=(1, 2, 3))
-    times = np.asarray(moving.timestamps)
-    at_rest = errors[np.abs(times - np.asarray(still.timestamps)[0]).argmin()]
-    last = errors[times.argmax()]
-    return bool(last <= max(factor * at_rest, 0.01 * errors.max()))
+    return bool(errors[np.asarray(moving.timestamps).argmax()] <= share * errors.max())
 
 
 @pytree.dataclass
@@ -166,7 +171,6 @@ class _Settings:
 
 def track(
     field: ControlPoints,
-    params: PyTree,
     splats: Splats,
     capture: Capture,
     tracking: Tracking,
@@ -175,13 +179,12 @@ def track(
     implementation: str | None = None,
     callback: Callable[[int, float, float, PyTree], None] | None = None,
 ) -> PyTree:
-    """The poses of the nodes that follow the motion of a capture.
+    """Control points that follow the motion of a capture.
 
     Args:
         field: control points whose motion is a table.
-        params: of the field, at rest.
-        splats: as the still frames show the object.
-        capture: with still frames. Tracking is meant for those that `ends_at_rest`.
+        splats: as the still frames show the object; the nodes are placed among them.
+        capture: with still frames. Tracking is meant for those that `returns` is true of.
         tracking: the choices.
         key: orders the views.
         implementation: of the rasterizer.
@@ -189,11 +192,12 @@ def track(
             of these 50, and the parameters as they are.
 
     Returns:
-        `params` with new poses; those at the timestamp of the still frames stay at rest.
+        Parameters of the field. The poses at the timestamp of the still frames are at rest.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite.
     """
+    params = jax.jit(field.init)(key, splats)
     scale = min(1.0, tracking.pixels / capture.moving.camera.width)
     moving = dataclasses.replace(capture, still=None)
     views = _with_silhouettes(preparation.views_of(moving, scale), capture)

@@ -210,14 +210,17 @@ def test_arap_grows_linearly_where_links_tear():
     graph = rigidity.neighbour_graph(rest, 1)
     still = np.broadcast_to(np.eye(3, dtype=np.float32), (1, 2, 3, 3))
 
-    def cost(stretch, tolerance):
+    def cost(stretch, tolerance, **kind):
         moved = rest[None] + np.array([[0, 0, 0], [stretch, 0, 0]], np.float32)
-        return float(rigidity.arap(rest, moved, still, *graph, tolerance))
+        return float(rigidity.arap(rest, moved, still, *graph, tolerance, **kind))
 
     assert cost(0.01, 0.1) == pytest.approx(1e-4, rel=0.01)
     assert cost(100.0, 0.1) == pytest.approx(20.0, rel=0.01)
     assert cost(0.5, math.inf) == pytest.approx(0.25)
     assert cost(0.0, 0.1) == 0
+    assert cost(0.01, 0.3, saturating=True) == pytest.approx(1e-4, rel=0.01)
+    assert cost(0.3, 0.3, saturating=True) == pytest.approx(0.09 / 2)
+    assert cost(100.0, 0.3, saturating=True) == pytest.approx(0.09, rel=0.01)
 
 
 def test_at_its_best_rotations_arap_is_that_of_sc_gs():

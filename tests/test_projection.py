@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gaussians.projection import project, rotation_matrices
-from gaussians.types import Camera
+from d4d_jax.cameras import look_at
+from gaussians.projection import BLUR, project, rotation_matrices, scaled_blur
+from gaussians.rasterize import rasterize
+from gaussians.types import Camera, Splats
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "rasterizer_gsplat.npz"
 
@@ -135,3 +137,31 @@ def test_blur_may_be_traced():
     )
     width = jax.jit(lambda blur: project(*args, camera, blur=blur).variances[0, 0])
     np.testing.assert_allclose(width(jnp.float32(1.3)) - width(jnp.float32(0.3)), 1.0, rtol=1e-5)
+
+
+def test_the_silhouette_of_an_opaque_object_is_as_wide_at_half_the_size():
+    """The area that many small splats cover, beside that of the averaged image of full size."""
+    n = 1500
+    means = np.random.default_rng(0).uniform(-0.3, 0.3, (n, 3)).astype(np.float32)
+    means[:, 2] *= 0.2  # a slab
+    splats = Splats(
+        means=means,
+        log_scales=np.full((n, 3), np.log(0.02), np.float32),
+        quaternions=np.eye(1, 4, dtype=np.float32).repeat(n, axis=0),
+        opacity_logits=np.full(n, 4.0, np.float32),
+        sh=np.zeros((n, 1, 3), np.float32),
+        active=np.ones(n, bool),
+    )
+    pose = look_at(np.array([0.1, -0.2, 2.0]))
+    whole = np.array([[90, 0, 32], [0, 90, 32], [0, 0, 1]], np.float32)
+    half = whole * np.array([[0.5], [0.5], [1]], np.float32)
+
+    def area(intrinsics, size, blur):
+        camera = Camera(pose, intrinsics, size, size)
+        render = rasterize(splats, camera, np.ones(3, np.float32), capacity=2**16, blur=blur)
+        return float(render.alpha.mean())
+
+    expected = area(whole, 64, BLUR)
+    error, naive = (abs(area(half, 32, blur) / expected - 1) for blur in (scaled_blur(0.5), BLUR))
+    assert scaled_blur(1.0) == BLUR
+    assert error < 0.01 < naive

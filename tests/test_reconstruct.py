@@ -38,6 +38,7 @@ CONFIG = ReconstructConfig(
     deformation=FIELD,
     warmup=Stage(30, static_fraction=1.0),
     coarse=Stage(80, static_fraction=0.25, curriculum=0.5, end_rate=0.5),
+    tracking={"steps": 0},  # tests/test_tracking.py
     fine=Stage(160, static_fraction=0.25),
     density=AdaptiveDensity(start=110, stop=200, every=40, reset_every=0),
     rates=LearningRates(planes=2e-2, network=5e-3),  # a short run takes long steps

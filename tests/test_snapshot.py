@@ -33,6 +33,7 @@ CONFIG = ReconstructConfig(
     warmup=Stage(4, static_fraction=1.0),
     coarse=Stage(6, curriculum=0.8, low_steps=3),
     fine=Stage(6, views=2, static_fraction=0.3),
+    tracking={"steps": 0},  # tests/test_tracking.py
     density=AdaptiveDensity(start=3, stop=16, every=4, gradient_threshold=1e-6, reset_every=0),
 )
 

@@ -14,8 +14,8 @@ A binary's `--preset=fast` is the same as the word in `--config`. A comma adds a
   not move them at all;
 - `plain` is the field alone, without bodies for lost poses and without short-lived splats;
 - `mcmc` relocates splats instead of cloning and pruning them;
-- `no_tracking` fits the control points to all frames at once in every clip, also in those that end
-  at rest;
+- `no_tracking` fits the control points to all frames at once in every clip, also in those that
+  return to rest;
 - `node_stage` fits the control points before the splats that they carry (SC-GS's first stage);
 - `lpips` adds a perceptual loss, of which `--perceptual` says the network; `no_dssim` has L1 alone;
 - `no_coarse`, `no_fine` give the steps of one stage to the other; `dynamic_fine` has no static
@@ -89,7 +89,7 @@ def _default() -> ml_collections.ConfigDict:
     config.warmup = _stage(steps=300, static_fraction=1.0, low_steps=200)
     config.nodes = _stage(static_fraction=0.25, low_steps=400, end_rate=0.5)
     config.coarse = _stage(steps=600, static_fraction=0.25, low_steps=600, end_rate=0.5)
-    # In clips that end at rest, control points are tracked instead of fitted in the coarse stage.
+    # The coarse stage of control points in clips that return to rest:
     config.tracking = dict(
         steps=2400,
         pixels=64,
@@ -103,6 +103,7 @@ def _default() -> ml_collections.ConfigDict:
         tolerance=0.3,
         rigidity=1.0,
         acceleration=15.0,
+        settled=0.2,
     )
     config.fine = _stage(steps=2000, static_fraction=0.2, low_steps=400, end_rate=0.05)
     config.density = dict(
