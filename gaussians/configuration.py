@@ -64,7 +64,7 @@ class ReconstructConfig:
             too short to contort one body into every silhouette.
         tracking: how the coarse stage of a clip that returns to rest is done by control points
             (`gaussians.tracking`), instead of its own steps on all frames at once; a `Tracking` or
-            its fields. With 0 steps all clips have the latter.
+            its fields. With 0 steps, or a stage `nodes`, all clips have the latter.
         fine: dynamic views, and as many static ones as `fine.static_fraction` says.
         density: when and how splats multiply and vanish: a `gaussians.densify.DensityStrategy`, or
             its spec (`{"name": "mcmc", ...}`). Its steps count over the run.

@@ -5,7 +5,9 @@ fine stage on the dynamic orbit. Ours has a warm-up before them (as 4DGS has), w
 canonical splats to the static orbit alone, and three additions that a single orbit needs, since
 each instant is seen from one side only:
 
-- Motion is that of control points which move as rigidly and smoothly as the images allow.
+- Motion is that of control points which move as rigidly and smoothly as the images allow. In a
+  clip that returns to rest they are tracked from both ends (`gaussians.tracking`), which then is
+  the coarse stage.
 - Some static views stay in the fine stage (`Stage.static_fraction`); the paper has none there.
 - A pose that the coarse stage could not find gets a body of its own (`gaussians.bodies`).
 """
@@ -173,6 +175,7 @@ class _Fit:
         )
         self.tracks = (
             "coarse" in self.stages
+            and "nodes" not in self.stages
             and config.tracking.steps > 0
             and tracking.can_track(field, capture)
         )

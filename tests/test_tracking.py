@@ -185,10 +185,11 @@ def test_tracking_is_the_coarse_stage_of_a_clip_that_returns(capture):
     for source, config in (
         (away, CONFIG),
         (capture, dataclasses.replace(CONFIG, tracking=Tracking(steps=0))),
+        (capture, dataclasses.replace(CONFIG, nodes=Stage(2))),
     ):
         seen.clear()
         reconstruct(source, config, jax.random.key(0), seen.append)
-        assert [p.step for p in seen] == list(range(1, 17))
+        assert [p.step for p in seen] == list(range(1, 17 + config.nodes.steps))
 
 
 @pytest.mark.parametrize("stop", [5, 7, 9])  # in tracking, at its end, after it

@@ -29,6 +29,7 @@ from gaussians.optimization import StepSettings, create_state, refine, step
 from gaussians.projection import scaled_blur
 from gaussians.rasterize import chosen
 from gaussians.reconstruct import ReconstructConfig, reconstruct
+from gaussians.tracking import Tracking
 from gaussians.types import Splats
 
 _SHORT = 3  # steps of either stage of a short run
@@ -186,14 +187,17 @@ def programs(
 
 
 def short_run(clip: OrbitClip, config: ReconstructConfig) -> ShortRun:
-    """A few steps with the field, at full resolution, in a process that does nothing else."""
+    """A few steps with the field, at full resolution, in a process that does nothing else.
+
+    Nothing is tracked, also in a clip that returns to rest: steps of the stages are measured.
+    """
     few = {"steps": _SHORT, "low_steps": 0, "curriculum": 0.0}
     stages = {
         name: dataclasses.replace(getattr(config, name), **few) for name in ("coarse", "fine")
     }
     for name in ("warmup", "nodes"):
         stages[name] = dataclasses.replace(getattr(config, name), steps=0)
-    config = dataclasses.replace(config, **stages)
+    config = dataclasses.replace(config, **stages, tracking=Tracking(steps=0))
     asset = reconstruct(clip, config, jax.random.key(0))
     splats, params = jax.tree.map(np.asarray, (asset.splats, asset.params))
     return ShortRun(splats, params, measure.process_peak_mb(), measure.device_peak_mb())
