@@ -312,6 +312,7 @@ def _draw_views(
 ) -> np.ndarray:
     """Views of the open instants like cards; half of them of those opened last, while some are."""
     inwards = np.minimum(times, 1 - times)
+    depth = max(depth, inwards.min())
     open_ = np.flatnonzero(inwards <= depth)
     decks = [rng.permutation(open_) for _ in range(count // len(open_) + 1)]
     drawn = np.concatenate(decks)[:count]

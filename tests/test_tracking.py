@@ -138,6 +138,18 @@ def test_new_instants_start_from_their_neighbours():
     np.testing.assert_array_equal(same["translations"], table)
 
 
+def test_views_are_those_of_open_instants_and_half_of_them_the_newest():
+    rng, times = np.random.default_rng(0), np.linspace(0, 1, 24)
+    drawn = tracking._draw_views(rng, times, 6.5 / 23, 3 / 23, 1000)
+    inwards = np.minimum(drawn, 23 - drawn)
+    assert set(inwards) == set(range(7))
+    assert 0.6 < np.mean(inwards > 3) < 0.8  # half, and their share of the other half
+    every = tracking._draw_views(rng, times, 0.6, 3 / 23, 48)
+    np.testing.assert_array_equal(np.bincount(every), 2)
+    late = tracking._draw_views(rng, np.array([0.4, 0.5]), 0.1, 0.1, 10)  # none is open yet
+    assert set(late) == {0, 1} or set(late) == {0}
+
+
 @pytest.mark.parametrize(
     "spec",
     [
