@@ -43,7 +43,7 @@ def test_chunked_gives_the_same_numbers_and_gradients(monkeypatch, platform, mos
     monkeypatch.setattr(attention, "CPU_CHUNK", most * 11)
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     jax.tree.map(
-        lambda found, wanted: np.testing.assert_allclose(found, wanted, atol=1e-5),
+        lambda found, wanted: np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-5),
         run("chunked"),
         expected,
     )
