@@ -170,10 +170,10 @@ def _fast(config: ml_collections.ConfigDict) -> None:
     config.num_splats = 3000
     config.body_splats = 1500
     config.capacity = 4500
-    config.warmup.update(steps=200, low_steps=0)
+    config.warmup.update(steps=400, low_steps=0)
     config.coarse.update(steps=300, low_steps=0)
     config.fine.update(steps=1000, low_steps=0)
-    config.density.update(start=550, stop=1200, every=200)
+    config.density.update(start=750, stop=1400, every=200)
 
 
 def _quality(config: ml_collections.ConfigDict) -> None:
