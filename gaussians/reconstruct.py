@@ -49,7 +49,7 @@ from gaussians.rasterize import chosen
 from gaussians.snapshot import Interrupted, Keeper, Snapshot, digest, flatten, restore
 from gaussians.stages import Stage, view_order
 
-__all__ = ["Progress", "ReconstructConfig", "reconstruct"]
+__all__ = ["Progress", "ReconstructConfig", "reconstruct", "tracks"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -131,6 +131,16 @@ def reconstruct(
     )
 
 
+def tracks(config: ReconstructConfig, capture: Capture) -> bool:
+    """Whether the coarse stage of a reconstruction is tracking (`gaussians.tracking`)."""
+    return (
+        config.coarse.steps > 0
+        and config.nodes.steps == 0
+        and config.tracking.steps > 0
+        and tracking.can_track(build(config.deformation), capture)
+    )
+
+
 def _capture(source: OrbitClip | Capture, static_time: float | None) -> Capture:
     if isinstance(source, Capture):
         return source
@@ -173,12 +183,7 @@ class _Fit:
         self.views = functools.lru_cache(maxsize=2)(
             lambda scale: preparation.views_of(capture, scale)
         )
-        self.tracks = (
-            "coarse" in self.stages
-            and "nodes" not in self.stages
-            and config.tracking.steps > 0
-            and tracking.can_track(field, capture)
-        )
+        self.tracks = tracks(config, capture)
         self.instants, self.instant_of = np.unique(
             np.asarray(capture.moving.timestamps), return_inverse=True
         )

@@ -38,7 +38,8 @@ from gaussians.projection import scaled_blur
 from gaussians.rasterize import rasterize
 from gaussians.types import Splats
 
-_CHUNK = 50  # steps of one compiled call
+#: Steps of one compiled call, after which the callback is called.
+CHUNK = 50
 _RECENT = 3  # instants at each end of the open ones that get half of the steps
 
 
@@ -188,8 +189,8 @@ def track(
         tracking: the choices.
         key: orders the views.
         implementation: of the rasterizer.
-        callback: called every 50 steps with the steps done, the mean loss and squared colour error
-            of these 50, and the parameters as they are.
+        callback: called every CHUNK steps with the steps done, the mean loss and squared colour
+            error of these, and the parameters as they are.
 
     Returns:
         Parameters of the field. The poses at the timestamp of the still frames are at rest.
@@ -221,13 +222,13 @@ def track(
     poses = params["poses"]
     moments = _adam().init(poses)
     opened = np.zeros(0, int)
-    for start in range(0, tracking.steps, _CHUNK):
+    for start in range(0, tracking.steps, CHUNK):
         done = start / tracking.steps
         depth = 0.5 * done / tracking.opening + 2.5 / (field.time_resolution - 1)
         now = np.flatnonzero(np.minimum(instants, 1 - instants) <= depth)
         poses = _open(poses, opened, now, tracking.momentum)
         opened = now
-        count = min(_CHUNK, tracking.steps - start)
+        count = min(CHUNK, tracking.steps - start)
         steps = (start + np.arange(count)) / tracking.steps
         plan = _Plan(
             views=jnp.asarray(_draw_views(rng, times, depth, recent, count)),

@@ -13,6 +13,7 @@ from binaries import run_binary
 from d4d_jax import cameras, metrics, pytree
 from d4d_jax.data import synthetic
 from experiments.benchmarks import reconstruction, scenes
+from experiments.benchmarks.measure import Spread
 from experiments.benchmarks.step_parts import PARTS, take_apart
 from gaussians import preparation
 from gaussians import reconstruct as library
@@ -29,6 +30,7 @@ from gaussians.optimization import (
 )
 from gaussians.reconstruct import ReconstructConfig, reconstruct
 from gaussians.stages import Stage
+from gaussians.tracking import Tracking
 
 SIZE, N = 24, 60
 SIZES = {"spatial_resolution": 4, "time_resolution": 3, "multires": (1,), "channels": 4, "width": 8}
@@ -130,17 +132,25 @@ def test_a_view_that_does_not_fit_is_given_more_pairs(views):
         assert prepared.calls[name].state.statistics.visits.max() > 1
 
 
-@pytest.mark.parametrize("static", [True, False])
-def test_the_programs_are_those_of_a_run(static, monkeypatch):
+@pytest.mark.parametrize("kind", ["static", "moving alone", "tracked"])
+def test_the_programs_are_those_of_a_run(kind, monkeypatch):
     clip = synthetic.make_clip(0, num_frames=4, size=16)
+    static, tracked = kind != "moving alone", kind == "tracked"
     if not static:
         clip = dataclasses.replace(clip, static=None, static_alpha=None)
+    field: dict = LIFESPAN
+    if tracked:
+        clip = dataclasses.replace(
+            clip, dynamic=np.concatenate([clip.dynamic[:3], clip.static[3:]])
+        )
+        field = {"name": "control_points", "num_nodes": 6, "neighbours": 2, "graph_neighbours": 3}
     config = ReconstructConfig(
         num_splats=20,
         capacity=20,
         sh_degree=1,
         sh_interval=9,
-        deformation=LIFESPAN,
+        deformation=field,
+        tracking=Tracking(steps=5, neighbours=3),
         warmup=Stage(4, static_fraction=1.0, low_steps=3),
         coarse=Stage(5, low_steps=9, curriculum=0.5, rates=LearningRates(means=1e-3)),
         fine=Stage(6, low_steps=2, weights=LossWeights(depth=0.1)),
@@ -162,7 +172,8 @@ def test_the_programs_are_those_of_a_run(static, monkeypatch):
     steps = reconstruction.programs(config, capture, some.pairs)
     assert {(p.settings, round(16 * p.scale)): n.total() for p, n in steps.items()} == taken
     stages = sum(steps.values(), collections.Counter())
-    assert stages == {"coarse": 5, "fine": 6} | ({"warmup": 4} if static else {})
+    expected = {"warmup": 4 * static, "coarse": 5 * (not tracked), "fine": 6}
+    assert stages == {name: steps for name, steps in expected.items() if steps}
 
     many = dataclasses.replace(config, fine=Stage(1, views=2))
     with pytest.raises(ValueError, match=r"fine\.views is 2"):
@@ -173,7 +184,8 @@ def make_candidate():
     """Two programs, 10 and 30 steps, of which nothing is ever called."""
     splats = scenes.ball("object", N, SIZE).splats
     config = reconstruction.to_configuration("smoke,mcmc", "tiled")
-    config = dataclasses.replace(config, density=MCMCDensity(start=0, stop=40, every=10))
+    density = MCMCDensity(start=0, stop=40, every=10)
+    config = dataclasses.replace(config, density=density, coarse=Stage(10))
     programs = [reconstruction.Program(SETTINGS, scale) for scale in (0.5, 1.0)]
     calls = dict.fromkeys(("step", "rasterizer", "optimizer"))
     return reconstruction._Candidate(
@@ -189,6 +201,7 @@ def make_candidate():
             programs[1]: reconstruction.Prepared(calls | {"stlpips": None}, 24, 3.0, None),
         },
         refinement=lambda: None,
+        tracked=reconstruction.Tracked(Spread(8.0, 10.0, 12.0), steps=200, first_s=0.5),
     )
 
 
@@ -207,8 +220,10 @@ def test_a_row_adds_up():
     assert (first["steps"], first["size"], first["program_mb"]) == ({"coarse": 10}, 12, 1.5)
     assert row["steps"] == {"coarse": 15, "fine": 25} and row["size"] == 24
     assert row["refinements"] == 3  # after steps 10, 20 and 30
+    assert (row["tracking_steps"], row["tracking_ms"]) == (200, [8.0, 10.0, 12.0])
     compiling, stepping, refining = 2.0 + 3.0, 10 * 0.020 + 30 * 0.100, 3 * 0.060
-    assert row["estimate_s"] == pytest.approx(compiling + stepping + refining)
+    tracking = 0.5 + 200 * 0.010
+    assert row["estimate_s"] == pytest.approx(compiling + stepping + refining + tracking)
     json.dumps(row, allow_nan=False)
 
     text = reconstruction.tables([row])
@@ -216,8 +231,8 @@ def test_a_row_adds_up():
     assert lines[0][:5] == ["default", "`tiled`", "coarse", "12²", "20.0 [15.0, 25.0]"]
     assert lines[0][5:8] == ["-", "5.00 [4.50, 13.0]", "-"]
     assert lines[1][2:4] == ["coarse, fine", "24²"] and lines[1][-2:] == ["3.00", "-"]
-    assert lines[2][2:6] == ["24²", f"{N} of 250", "60.0 [55.0, 65.0]", "512"]
-    assert lines[2][6:] == ["-", "40", "8.38"]
+    assert lines[2][2:5] == ["24²", f"{N} of 250", "60.0 [55.0, 65.0]"]
+    assert lines[2][5:] == ["10.0 [8.00, 12.0]", "512", "-", "240", "10.9"]
     assert "2.00 [1.50, 2.50] ms at 24²" in reconstruction.notes([row])[-1]
 
 

@@ -20,7 +20,7 @@ from experiments.benchmarks.step_parts import PARTS, Repeated, take_apart
 from experiments.benchmarks.tables import markdown, number
 from experiments.configs import reconstruct as configs
 from experiments.reconstruct import to_config
-from gaussians import preparation
+from gaussians import preparation, tracking
 from gaussians.asset import pair_capacity
 from gaussians.captures import Capture, Views, of_clip
 from gaussians.deformation import build
@@ -28,11 +28,11 @@ from gaussians.deformation.skeleton import Skeleton
 from gaussians.optimization import StepSettings, create_state, refine, step
 from gaussians.projection import scaled_blur
 from gaussians.rasterize import chosen
-from gaussians.reconstruct import ReconstructConfig, reconstruct
-from gaussians.tracking import Tracking
+from gaussians.reconstruct import ReconstructConfig, reconstruct, tracks
 from gaussians.types import Splats
 
 _SHORT = 3  # steps of either stage of a short run
+_CHUNKS = 6  # of tracking; the first one compiles
 
 Row = dict[str, Any]
 
@@ -77,6 +77,19 @@ class Prepared(NamedTuple):
     program_mb: float | None
 
 
+class Tracked(NamedTuple):
+    """What tracking takes.
+
+    ms: Milliseconds of a step.
+    steps: Of a run.
+    first_s: Seconds until its first steps are done, compilation included.
+    """
+
+    ms: Spread
+    steps: int
+    first_s: float
+
+
 class _Candidate(NamedTuple):
     """A configuration, ready to be timed. `steps` are those of each program, stage by stage."""
 
@@ -86,6 +99,7 @@ class _Candidate(NamedTuple):
     steps: dict[Program, dict[str, int]]
     prepared: dict[Program, Prepared]
     refinement: Callable[[], Any]
+    tracked: Tracked | None
 
 
 def run(
@@ -100,7 +114,8 @@ def run(
 
     Times are quartiles over rounds in which every step and every part has its turn, all in this
     process; a step and its parts see the same view, that of the middle frame, and the same splats,
-    those of a short run. Peaks are those of that run, which has a process of its own.
+    those of a short run. Peaks are those of that run, which has a process of its own. Steps of
+    tracking are timed before, in chunks.
 
     Args:
         clip: with a dynamic orbit.
@@ -152,7 +167,7 @@ def programs(
 
     Args:
         config: the choices.
-        capture: without still views there is no warm-up.
+        capture: without still views there is no warm-up; where it is tracked, no coarse stage.
         pairs: capacity of the rasterizer's pair list.
 
     Raises:
@@ -160,21 +175,29 @@ def programs(
     """
     names = ["warmup"] * (capture.still is not None) + ["nodes", "coarse", "fine"]
     stages = {name: getattr(config, name) for name in names}
+    tracked, done = tracks(config, capture), 0
     counts: collections.Counter[tuple[str, float, int]] = collections.Counter()
     for name, stage in stages.items():
+        if name == "coarse" and tracked:
+            done += stage.steps
+            continue
         if stage.views > 1:
             raise ValueError(f"A step of one view is measured; {name}.views is {stage.views}.")
         for i in range(stage.steps):
-            bands = counts.total() // config.sh_interval if config.sh_interval else config.sh_degree
+            bands = done // config.sh_interval if config.sh_interval else config.sh_degree
             scale = stage.low_scale if i < stage.low_steps else 1.0
             counts[name, scale, min(bands, config.sh_degree)] += 1
+            done += 1
     field = build(config.deformation)
     found: dict[Program, collections.Counter[str]] = {}
     for (name, scale, degree), steps in counts.items():
+        rates = stages[name].rates or config.rates
+        if name == "fine" and tracked:
+            rates = dataclasses.replace(rates, nodes=config.tracking.settled * rates.nodes)
         settings = StepSettings(
             deformation={"warmup": None, "nodes": Skeleton(field)}.get(name, field),
             weights=stages[name].weights or config.weights,
-            rates=stages[name].rates or config.rates,
+            rates=rates,
             density=config.density,
             background=capture.background,
             pairs=pairs,
@@ -189,7 +212,7 @@ def programs(
 def short_run(clip: OrbitClip, config: ReconstructConfig) -> ShortRun:
     """A few steps with the field, at full resolution, in a process that does nothing else.
 
-    Nothing is tracked, also in a clip that returns to rest: steps of the stages are measured.
+    Nothing is tracked, also in a clip that returns to rest.
     """
     few = {"steps": _SHORT, "low_steps": 0, "curriculum": 0.0}
     stages = {
@@ -197,10 +220,31 @@ def short_run(clip: OrbitClip, config: ReconstructConfig) -> ShortRun:
     }
     for name in ("warmup", "nodes"):
         stages[name] = dataclasses.replace(getattr(config, name), steps=0)
-    config = dataclasses.replace(config, **stages, tracking=Tracking(steps=0))
+    config = dataclasses.replace(config, **stages, tracking=tracking.Tracking(steps=0))
     asset = reconstruct(clip, config, jax.random.key(0))
     splats, params = jax.tree.map(np.asarray, (asset.splats, asset.params))
     return ShortRun(splats, params, measure.process_peak_mb(), measure.device_peak_mb())
+
+
+def track(config: ReconstructConfig, capture: Capture, run: ShortRun) -> Tracked | None:
+    """Times the first steps of tracking; None where a run does not track."""
+    if not tracks(config, capture):
+        return None
+    field, _ = tracking.bottom(build(config.deformation), run.params)
+    steps = _CHUNKS * tracking.CHUNK
+    moments = [time.perf_counter()]
+    tracking.track(
+        field,  # pyright: ignore[reportArgumentType]: what is tracked are control points
+        run.splats,
+        capture,
+        dataclasses.replace(config.tracking, steps=steps),
+        jax.random.key(0),
+        implementation=config.implementation,
+        callback=lambda *_: moments.append(time.perf_counter()),
+    )
+    first, *others = np.diff(moments)
+    spread = Spread.of(1e3 * np.array(others) / tracking.CHUNK)
+    return Tracked(spread, config.tracking.steps, float(first))
 
 
 def prepare(
@@ -255,9 +299,10 @@ def tables(rows: Sequence[Row]) -> str:
             f"{row['size']}²",
             f"{row['splats']:,} of {row['capacity']:,}",
             _interval(row["refinement_ms"]),
+            _interval(row["tracking_ms"]),
             number(row["run_peak_mb"]),
             number(row["device_peak_mb"]),
-            f"{sum(row['steps'].values()):,}",
+            f"{sum(row['steps'].values()) + row['tracking_steps']:,}",
             number(row["estimate_s"]),
         ]
         for row in rows
@@ -268,6 +313,7 @@ def tables(rows: Sequence[Row]) -> str:
         "pixels",
         "splats",
         "refinement (ms)",
+        "step of tracking (ms)",
         "peak (MB)",
         "on the device (MB)",
     ]
@@ -286,7 +332,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     lines = [
         "Milliseconds are medians [quartiles]. `rest` is what the step takes beyond its parts; each"
         " part is compiled by itself and writes out what the step may fuse, so it can be negative.",
-        "The step is on the view of the middle frame, with the splats of a short run.",
+        "The step is on the view of the middle frame, with the splats of a short run. Clips that"
+        " return to rest are tracked instead of the coarse stage, at a resolution of its own.",
         "`program`: arguments, results and temporaries of the compiled step; what a native kernel"
         " allocates is not in it. `peak`: resident memory of a process that does a short run,"
         " libraries and compiler included.",
@@ -318,7 +365,7 @@ def _candidate(
         return jax.block_until_ready(refine(state, jax.random.key(0), 1, **settings)[0])
 
     refinement()
-    return _Candidate(words, config, run, steps, prepared, refinement)
+    return _Candidate(words, config, run, steps, prepared, refinement, track(config, capture, run))
 
 
 def _add_perceptual(prepared: Prepared, views: Views) -> list[str]:
@@ -357,7 +404,12 @@ def _row(candidate: _Candidate, samples: dict[tuple[Program | None, str], list[f
     total = collections.Counter[str]()
     for steps in candidate.steps.values():
         total.update(steps)
-    refinements = sum(map(config.density.refines_at, range(1, total.total() + 1)))
+    tracked = candidate.tracked
+    end = total.total()
+    if tracked is not None:
+        end += config.coarse.steps
+        seconds += tracked.first_s + 1e-3 * tracked.ms.median * tracked.steps
+    refinements = sum(map(config.density.refines_at, range(1, end + 1)))
     refinement = Spread.of(samples[None, "refinement"])
     return {
         "words": candidate.words,
@@ -369,6 +421,8 @@ def _row(candidate: _Candidate, samples: dict[tuple[Program | None, str], list[f
         "steps": dict(total),
         "refinements": refinements,
         "refinement_ms": _rounded(refinement),
+        "tracking_steps": 0 if tracked is None else tracked.steps,
+        "tracking_ms": tracked and _rounded(tracked.ms),
         "run_peak_mb": _rounded(run.peak_mb),
         "device_peak_mb": _rounded(run.device_peak_mb),
         "estimate_s": round(seconds + 1e-3 * refinements * refinement.median, 4),
