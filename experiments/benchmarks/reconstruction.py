@@ -234,7 +234,7 @@ def track(config: ReconstructConfig, capture: Capture, run: ShortRun) -> Tracked
     steps = _CHUNKS * tracking.CHUNK
     moments = [time.perf_counter()]
     tracking.track(
-        field,  # pyright: ignore[reportArgumentType]: what is tracked are control points
+        field,
         run.splats,
         capture,
         dataclasses.replace(config.tracking, steps=steps),
