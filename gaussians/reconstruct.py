@@ -222,7 +222,8 @@ class _Fit:
     def track(self, state: TrainState, stage: Stage, key: jax.Array) -> TrainState:
         """The coarse stage by tracking: the poses of the control points, and nothing else."""
         _LOGGER.info("The clip returns to rest: its motion is tracked from both ends.")
-        steps, start, done = self.config.tracking.steps, self.done, 0
+        steps = self.config.tracking.starts * self.config.tracking.steps
+        start, done = self.done, 0
         begin = time.perf_counter()
         field, _ = tracking.bottom(self.field, state.params["deformation"])
 

@@ -48,7 +48,9 @@ class Tracking:
     """How motion is followed.
 
     Attributes:
-        steps: on one view each; 0 leaves tracking out.
+        steps: of a start, on one view each; 0 leaves tracking out.
+        starts: the motion is followed this many times from rest, with the views in another order
+            each, and what ends with the least loss is kept.
         pixels: width of the images.
         rate: Adam's step size of the poses, world units, at the first step.
         end_rate: factor on it at the last step; exponential in between.
@@ -65,6 +67,7 @@ class Tracking:
     """
 
     steps: int = 2400
+    starts: int = 1
     pixels: int = 64
     rate: float = 8e-3
     end_rate: float = 0.1
@@ -79,10 +82,10 @@ class Tracking:
     settled: float = 0.2
 
     def __post_init__(self):
-        if self.steps < 0 or min(self.pixels, self.neighbours) < 1:
+        if self.steps < 0 or min(self.starts, self.pixels, self.neighbours) < 1:
             raise ValueError(
-                f"Tracking needs steps of at least 0, and pixels and neighbours of at least 1; got"
-                f" {self}."
+                "Tracking needs steps of at least 0, and starts, pixels and neighbours of at least"
+                f" 1; got {self}."
             )
         if not 0 < self.opening <= 1:
             raise ValueError(f"opening must lie in (0, 1]; got {self.opening}.")
@@ -189,8 +192,8 @@ def track(
         tracking: the choices.
         key: orders the views.
         implementation: of the rasterizer.
-        callback: called every CHUNK steps with the steps done, the mean loss and squared colour
-            error of these, and the parameters as they are.
+        callback: called every CHUNK steps with the steps done (of all starts), the mean loss and
+            squared colour error of these, and the parameters as they are.
 
     Returns:
         Parameters of the field. The poses at the timestamp of the still frames are at rest.
@@ -199,59 +202,95 @@ def track(
         FloatingPointError: the loss became NaN or infinite.
     """
     params = jax.jit(field.init)(key, splats)
-    scale = min(1.0, tracking.pixels / capture.moving.camera.width)
-    moving = dataclasses.replace(capture, still=None)
-    views = _with_silhouettes(preparation.views_of(moving, scale), capture)
-    times = np.asarray(capture.moving.timestamps)
-    instants = np.linspace(0, 1, field.time_resolution)
-    still = 0.0 if capture.still is None else float(np.asarray(capture.still.timestamps)[0])
-    settings = _Settings(
-        field,
-        tracking,
-        capture.background,
-        rest=int(np.abs(instants - still).argmin()),
-        blur=scaled_blur(scale),
-        pairs=pair_capacity(4 * len(splats)),
-        implementation=implementation,
-    )
-    recent = _RECENT / (field.time_resolution - 1)
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-    neighbours = min(tracking.neighbours, field.num_nodes - 1)
-    graph = rigidity.neighbour_graph(params["nodes"]["positions"], neighbours)
-    smooth = _Smoothing(graph, field.time_resolution, tracking)
-    poses = params["poses"]
-    moments = _adam().init(poses)
-    opened = np.zeros(0, int)
-    for start in range(0, tracking.steps, CHUNK):
-        done = start / tracking.steps
-        depth = 0.5 * done / tracking.opening + 2.5 / (field.time_resolution - 1)
-        now = np.flatnonzero(np.minimum(instants, 1 - instants) <= depth)
-        poses = _open(poses, opened, now, tracking.momentum)
-        opened = now
-        count = min(CHUNK, tracking.steps - start)
-        steps = (start + np.arange(count)) / tracking.steps
-        plan = _Plan(
-            views=jnp.asarray(_draw_views(rng, times, depth, recent, count)),
-            rates=jnp.asarray(tracking.rate * tracking.end_rate**steps, jnp.float32),
-            space=smooth.space(done),
-            time=smooth.time(done),
-        )
-        while True:
-            arguments = (poses, moments, params["nodes"], splats, views, graph, plan)
-            result, loss, mse, overflow = _advance(*arguments, settings=settings)
-            if not int(overflow):
-                break
-            pairs = pair_capacity(settings.pairs + int(overflow))
-            settings = dataclasses.replace(settings, pairs=pairs)
-        poses, moments = result
-        if not math.isfinite(float(loss)):
-            raise FloatingPointError(
-                f"The loss became {float(loss)} at step {start} of tracking; lower tracking.rate,"
-                " or check the frames for numbers that are not finite."
-            )
-        if callback is not None:
-            callback(start + count, float(loss), float(mse), params | {"poses": poses})
+    tracker = _Tracker(field, params, splats, capture, tracking, key, implementation, callback)
+    starts = [tracker.run() for _ in range(tracking.starts)]
+    poses, _ = min(starts, key=lambda start: start[1])
     return params | {"poses": poses}
+
+
+class _Tracker:
+    """The host's side of tracking: what all starts share, and the order of their views."""
+
+    def __init__(
+        self,
+        field: ControlPoints,
+        params: PyTree,
+        splats: Splats,
+        capture: Capture,
+        tracking: Tracking,
+        key: jax.Array,
+        implementation: str | None,
+        callback: Callable[[int, float, float, PyTree], None] | None,
+    ):
+        self.callback, self.done = callback, 0
+        self.tracking, self.params, self.splats = tracking, params, splats
+        scale = min(1.0, tracking.pixels / capture.moving.camera.width)
+        moving = dataclasses.replace(capture, still=None)
+        self.views = _with_silhouettes(preparation.views_of(moving, scale), capture)
+        self.times = np.asarray(capture.moving.timestamps)
+        self.instants = np.linspace(0, 1, field.time_resolution)
+        still = 0.0 if capture.still is None else float(np.asarray(capture.still.timestamps)[0])
+        self.settings = _Settings(
+            field,
+            tracking,
+            capture.background,
+            rest=int(np.abs(self.instants - still).argmin()),
+            blur=scaled_blur(scale),
+            pairs=pair_capacity(4 * len(splats)),
+            implementation=implementation,
+        )
+        neighbours = min(tracking.neighbours, field.num_nodes - 1)
+        self.graph = rigidity.neighbour_graph(params["nodes"]["positions"], neighbours)
+        self.smooth = _Smoothing(self.graph, field.time_resolution, tracking)
+        self.rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+
+    def run(self) -> tuple[PyTree, float]:
+        """All steps of a start: the poses, and the mean loss of the last chunk."""
+        steps, poses, loss = self.tracking.steps, self.params["poses"], math.inf
+        moments = _adam().init(poses)
+        opened = np.zeros(0, int)
+        for begin in range(0, steps, CHUNK):
+            count = min(CHUNK, steps - begin)
+            plan, now = self._plan(begin, count)
+            poses = _open(poses, opened, now, self.tracking.momentum)
+            opened = now
+            poses, moments, loss, mse = self._advance(poses, moments, plan)
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss became {loss} at step {begin} of tracking; lower tracking.rate,"
+                    " or check the frames for numbers that are not finite."
+                )
+            self.done += count
+            if self.callback is not None:
+                self.callback(self.done, loss, mse, self.params | {"poses": poses})
+        return poses, loss
+
+    def _plan(self, begin: int, count: int) -> tuple[_Plan, np.ndarray]:
+        """What `count` steps do, and the instants that are open in them."""
+        tracking, spacing = self.tracking, 1 / (len(self.instants) - 1)
+        done = begin / tracking.steps
+        depth = 0.5 * done / tracking.opening + 2.5 * spacing
+        steps = (begin + np.arange(count)) / tracking.steps
+        views = _draw_views(self.rng, self.times, depth, _RECENT * spacing, count)
+        plan = _Plan(
+            views=jnp.asarray(views),
+            rates=jnp.asarray(tracking.rate * tracking.end_rate**steps, jnp.float32),
+            space=self.smooth.space(done),
+            time=self.smooth.time(done),
+        )
+        return plan, np.flatnonzero(np.minimum(self.instants, 1 - self.instants) <= depth)
+
+    def _advance(
+        self, poses: PyTree, moments: PyTree, plan: _Plan
+    ) -> tuple[PyTree, PyTree, float, float]:
+        """Poses, moments, mean loss and squared error, with as much memory as it takes."""
+        still = (self.params["nodes"], self.splats, self.views, self.graph, plan)
+        while True:
+            result, loss, mse, overflow = _advance(poses, moments, *still, settings=self.settings)
+            if not int(overflow):
+                return *result, float(loss), float(mse)
+            pairs = pair_capacity(self.settings.pairs + int(overflow))
+            self.settings = dataclasses.replace(self.settings, pairs=pairs)
 
 
 def _with_silhouettes(views: Views, capture: Capture) -> Views:

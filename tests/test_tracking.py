@@ -91,6 +91,22 @@ def test_equal_keys_give_equal_poses(capture):
     assert np.any(one["translations"] != different["translations"])
 
 
+def test_of_several_starts_the_one_with_the_least_loss_is_kept(capture):
+    splats = preparation.first_splats(capture, 60, 60, 0, jax.random.key(0))
+    field, told = build(NODES), []
+    settings = Tracking(steps=70, starts=4, pixels=24)
+    key = jax.random.key(1)  # neither the first nor the last of its starts is the best
+    kept = tracking.track(
+        field, splats, capture, settings, key, callback=lambda *facts: told.append(facts)
+    )["poses"]
+    assert [steps for steps, *_ in told] == [50, 70, 120, 140, 190, 210, 260, 280]
+    ends = {loss: params["poses"] for _, loss, _, params in told[1::2]}
+    assert len(ends) == 4
+    jax.tree.map(np.testing.assert_array_equal, kept, ends[min(ends)])
+    alone = tracking.track(field, splats, capture, Tracking(steps=70, pixels=24), key)["poses"]
+    jax.tree.map(np.testing.assert_array_equal, alone, told[1][3]["poses"])
+
+
 def test_frames_without_alpha_are_tracked_by_their_colours(capture):
     bare = dataclasses.replace(capture.moving, alpha=None)
     splats = preparation.first_splats(capture, 60, 60, 0, jax.random.key(0))
@@ -223,7 +239,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(capture, tmp_path, stop):
     ("settings", "sentence"),
     [
         ({"steps": -1}, "steps of at least 0"),
-        ({"pixels": 0}, "pixels and neighbours of at least 1"),
+        ({"pixels": 0}, "starts, pixels and neighbours of at least 1"),
+        ({"starts": 0}, "starts, pixels and neighbours of at least 1"),
         ({"opening": 0.0}, r"opening must lie in \(0, 1\]; got 0.0"),
         ({"spread": (20.0, 0.0)}, "must be positive"),
     ],

@@ -237,14 +237,14 @@ def track(config: ReconstructConfig, capture: Capture, run: ShortRun) -> Tracked
         field,
         run.splats,
         capture,
-        dataclasses.replace(config.tracking, steps=steps),
+        dataclasses.replace(config.tracking, steps=steps, starts=1),
         jax.random.key(0),
         implementation=config.implementation,
         callback=lambda *_: moments.append(time.perf_counter()),
     )
     first, *others = np.diff(moments)
     spread = Spread.of(1e3 * np.array(others) / tracking.CHUNK)
-    return Tracked(spread, config.tracking.steps, float(first))
+    return Tracked(spread, config.tracking.starts * config.tracking.steps, float(first))
 
 
 def prepare(

@@ -92,6 +92,7 @@ def _default() -> ml_collections.ConfigDict:
     # The coarse stage of control points in clips that return to rest:
     config.tracking = dict(
         steps=2400,
+        starts=1,
         pixels=64,
         rate=8e-3,
         end_rate=0.1,
